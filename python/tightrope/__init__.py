@@ -1,0 +1,24 @@
+"""Tightrope: the reality-creativity loss at large vocabularies, without the logits in memory."""
+
+from .functional import (
+    linear_reality_creativity_loss,
+    linear_vocab_loss,
+    linear_vocab_stats,
+    reality_creativity_loss,
+)
+from .modules import LinearRealityCreativityLoss, RealityCreativityLoss
+from .statistics import RowStats
+from .targets import TopKTarget
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LinearRealityCreativityLoss",
+    "RealityCreativityLoss",
+    "RowStats",
+    "TopKTarget",
+    "linear_reality_creativity_loss",
+    "linear_vocab_loss",
+    "linear_vocab_stats",
+    "reality_creativity_loss",
+]

@@ -1,0 +1,113 @@
+"""Which implementation of the row primitives serves a device: one table, and the loading of the extension."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from . import ops
+
+_EXTENSIONS = {"DEFAULT": "_C_base", "AVX2": "_C_avx2", "AVX512": "_C_avx512"}
+
+
+def _load_extension() -> tuple[ModuleType | None, str]:
+    """The CPU extension for the best instruction set that this CPU has and that was built; and why."""
+    if os.environ.get("TIGHTROPE_DISABLE_EXT") == "1":
+        return None, "switched off by TIGHTROPE_DISABLE_EXT=1"
+    capability = torch.backends.cpu.get_cpu_capability()
+    name = _EXTENSIONS.get(capability, "_C_base")
+    reason = "not built"
+    for candidate in dict.fromkeys((name, "_C_base")):
+        try:
+            module = importlib.import_module(f"tightrope.{candidate}")
+        except ModuleNotFoundError:
+            continue
+        except ImportError as error:  # built for another torch, say
+            reason = f"{candidate} does not load: {error}"
+            continue
+        return module, f"{candidate}, {module.lanes} float32 lanes"
+    return None, reason
+
+
+_extension, _extension_detail = _load_extension()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of the row primitives; their contract is at the top of ``ops.py``."""
+
+    name: str
+    devices: tuple[str, ...]  # empty: any
+    available: bool
+    detail: str
+    row_stats: Callable[..., None]
+    row_grad: Callable[..., None]
+
+    def serves(self, device: torch.device) -> bool:
+        return self.available and (not self.devices or device.type in self.devices)
+
+
+# In order of preference.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            "cpu",
+            ("cpu",),
+            _extension is not None,
+            _extension_detail,
+            torch.ops.tightrope.row_stats,
+            torch.ops.tightrope.row_grad,
+        ),
+        Backend("eager", (), True, "plain PyTorch, same chunks", ops.row_stats, ops.row_grad),
+    )
+}
+_warned = False
+
+
+def resolve(name: str | None, device: torch.device) -> Backend:
+    """The backend called ``name``, or the preferred one of a device.
+
+    Raises:
+        ValueError: no backend has that name, or it does not serve that device.
+    """
+    global _warned
+    if name is not None:
+        if name not in BACKENDS:
+            raise ValueError(f"backend: got {name!r}, expected one of {sorted(BACKENDS)} or None")
+        if not BACKENDS[name].serves(device):
+            backend = BACKENDS[name]
+            raise ValueError(
+                f"backend: {name!r} does not serve tensors on {device} here ({backend.detail}; "
+                f"devices: {', '.join(backend.devices) or 'any'})"
+            )
+        return BACKENDS[name]
+    found = next(backend for backend in BACKENDS.values() if backend.serves(device))
+    if device.type == "cpu" and found.name == "eager" and not _warned:
+        _warned = True
+        warnings.warn(
+            f"tightrope: the CPU extension is not in use ({_extension_detail}); running on plain PyTorch, "
+            "slower and with the same results. Reinstall with a C++ compiler present to build it.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def describe() -> list[dict[str, object]]:
+    """The table, for ``tightrope info``: backend, devices, available, detail."""
+    return [
+        {
+            "backend": backend.name,
+            "devices": list(backend.devices) or ["any"],
+            "available": backend.available,
+            "detail": backend.detail,
+        }
+        for backend in BACKENDS.values()
+    ]

@@ -1,0 +1,134 @@
+"""The row primitives as dispatcher operators, and the plain PyTorch that serves where no kernel does.
+
+Schemas live here, not in C++, so that the operators exist without the extension; the extension adds a
+faster implementation for its device. A profiler shows them as ``tightrope::row_stats`` and ``row_grad``.
+
+Shapes: logits [R, T] (a tile: entries offset .. offset + T of the vocabulary; unit stride along it);
+partial [10, R] and argmax [R] are merged into; index [R] int64 and topk_index [R, K] int64 count from the
+start of the vocabulary; dense [R, T], topk_prob [R, K], bias [T]; active [R] bool: other rows are not read,
+keep their statistics and get zero gradients; norm [2, R] (max, log_sum) and coef [7, R] of whole rows;
+out [R, T], which may be the logits. Arithmetic is float32, float64 for float64 logits; all but logits and
+out have that dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..coefficients import RowCoefficients
+from ..statistics import merge, origin
+
+_library = torch.library.Library("tightrope", "DEF")
+
+
+def define(schema: str, implementation: Callable, fake: Callable) -> None:
+    """Register an operator ``tightrope::<schema>`` for every device, and its fake for torch.compile."""
+    _library.define(schema)
+    name = schema[: schema.index("(")]
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tightrope::{name}", fake, lib=_library)
+
+
+def _transform(raw: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor:
+    u = raw.to(torch.promote_types(raw.dtype, torch.float32))
+    if bias is not None:
+        u = u + bias
+    if logit_scale != 1.0:
+        u = u * logit_scale
+    return u if softcap is None else softcap * torch.tanh(u / softcap)
+
+
+def _sparse_target(
+    z: Tensor, offset: int, index: Tensor | None, topk_index: Tensor | None, topk_prob: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Columns [R, K] of the sparse targets that fall in this tile, and their mass (0 where they do not)."""
+    indices = index.unsqueeze(-1) if topk_index is None else topk_index
+    inside = (indices >= offset) & (indices < offset + z.shape[-1])
+    mass = inside.to(z.dtype) if topk_prob is None else topk_prob * inside
+    return (indices - offset).masked_fill(~inside, 0), mass
+
+
+def row_stats(
+    logits, partial, argmax, offset, index, dense, topk_index, topk_prob, bias, active, logit_scale, softcap
+) -> None:
+    """Merge the statistics of a tile of logits into partial and argmax; see the top of this file."""
+    if logits.shape[-1] == 0:
+        return
+    z = _transform(logits, bias, logit_scale, softcap)
+    top, best = z.max(-1)
+    d = z - origin(top).unsqueeze(-1)
+    e = d.exp()
+    zero = torch.zeros_like(top)
+    target_shift, target_exp, mass = zero, zero, zero
+    if dense is not None:
+        target_shift = (dense * d.masked_fill(dense == 0, 0.0)).sum(-1)
+        target_exp, mass = (dense * e).sum(-1), dense.sum(-1)
+    elif index is not None or topk_index is not None:
+        columns, b = _sparse_target(z, offset, index, topk_index, topk_prob)
+        target_shift = (b * d.gather(-1, columns).masked_fill(b == 0, 0.0)).sum(-1)
+        target_exp, mass = (b * e.gather(-1, columns)).sum(-1), b.sum(-1)
+    tile = torch.stack(
+        [
+            top,
+            e.sum(-1),
+            (e * d.masked_fill(e == 0, 0.0)).sum(-1),
+            e.square().sum(-1),
+            target_shift,
+            target_exp,
+            mass,
+            d.sum(-1),
+            z.square().sum(-1),
+            torch.full_like(top, z.shape[-1]),
+        ]
+    )
+    better = (argmax < 0) | (top > partial[0]) | (top.isnan() & ~partial[0].isnan())
+    merged = merge(partial, tile)
+    if active is not None:
+        better = better & active
+        merged = torch.where(active, merged, partial)
+    argmax.copy_(torch.where(better, best + offset, argmax))
+    partial.copy_(merged)
+
+
+def row_grad(
+    logits, out, norm, coef, offset, index, dense, topk_index, topk_prob, bias, active, logit_scale, softcap
+) -> None:
+    """Write dloss/dlogits of a tile to out; see the top of this file."""
+    z = _transform(logits, bias, logit_scale, softcap)
+    c = RowCoefficients(*coef.unsqueeze(-1))
+    log_p = (z - norm[0].unsqueeze(-1)) - norm[1].unsqueeze(-1)
+    p = log_p.exp()
+    grad = p * (c.prob + c.prob_log_prob * log_p.masked_fill(p == 0, 0.0) + c.prob_square * p)
+    if dense is not None:
+        grad += dense * (c.target + c.target_prob * p)
+    elif index is not None or topk_index is not None:
+        columns, b = _sparse_target(z, offset, index, topk_index, topk_prob)
+        grad.scatter_add_(-1, columns, b * (c.target + c.target_prob * p.gather(-1, columns)))
+    # Skipped when absent, not multiplied by zero: a masked entry has z = -inf.
+    grad += torch.where(c.logit == 0, 0.0, c.logit * z) + c.constant
+    if softcap is not None:
+        grad *= 1.0 - (z / softcap).square()
+    if logit_scale != 1.0:
+        grad *= logit_scale
+    if active is not None:
+        grad.masked_fill_(~active.unsqueeze(-1), 0.0)
+    out.copy_(grad)
+
+
+_TARGET_ARGS = (
+    "int offset, Tensor? index, Tensor? dense, Tensor? topk_index, Tensor? topk_prob, "
+    "Tensor? bias, Tensor? active, float logit_scale, float? softcap) -> ()"
+)
+define(
+    f"row_stats(Tensor logits, Tensor(a!) partial, Tensor(b!) argmax, {_TARGET_ARGS}",
+    row_stats,
+    lambda *args: None,
+)
+define(
+    f"row_grad(Tensor logits, Tensor(a!) out, Tensor norm, Tensor coef, {_TARGET_ARGS}",
+    row_grad,
+    lambda *args: None,
+)

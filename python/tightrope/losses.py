@@ -1,0 +1,81 @@
+"""The built-in loss family: statistics of a row in, loss of that row out, in plain PyTorch.
+
+The derivative stands beside the value because the loss of a chunk of rows is differentiated inside a
+dispatcher operator, where autograd does not record; a test holds the one against autograd of the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .statistics import RowStats, StatGrads
+
+REALITY = ("cross_entropy", "squared_error")
+CREATIVITY = ("entropy", "collision")
+
+
+@dataclass(frozen=True)
+class RealityCreativity:
+    """``(1 - balance) reality + balance creativity + regularisers`` of each row.
+
+    After Sinha, Song and Zhou, *A Mathematical Abstraction for Balancing the Trade-off Between Creativity
+    and Reality in Large Language Models* (arXiv 2306.02295). Label smoothing replaces the target ``b`` by
+    ``(1 - label_smoothing) b + label_smoothing / V`` in the reality term.
+    """
+
+    vocab_size: int
+    reality: str = "cross_entropy"
+    creativity: str = "entropy"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    logit_l2: float = 0.0
+
+    def terms(self, stats: RowStats, target_square: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Reality and creativity, [rows] each. target_square [rows]: |b|^2 of the smoothed target."""
+        keep, smoothing = 1.0 - self.label_smoothing, self.label_smoothing
+        if self.reality == "cross_entropy":
+            reality = -keep * stats.target_log_prob
+            if smoothing:
+                reality = reality - smoothing * stats.mean_log_prob
+        else:
+            overlap = keep * stats.target_prob + smoothing / self.vocab_size
+            reality = 0.5 * (stats.collision - 2.0 * overlap + target_square)
+        creativity = -stats.entropy if self.creativity == "entropy" else stats.collision.log()
+        return reality, creativity
+
+    def __call__(self, stats: RowStats, balance: Tensor, target_square: Tensor | None) -> Tensor:
+        """The loss of each row, [rows]."""
+        reality, creativity = self.terms(stats, target_square)
+        loss = (1.0 - balance) * reality + balance * creativity
+        if self.z_loss:
+            loss = loss + self.z_loss * stats.lse.square()
+        if self.logit_l2:
+            loss = loss + 0.5 * self.logit_l2 * stats.logit_square_sum
+        return loss
+
+    def gradients(
+        self, stats: RowStats, balance: Tensor, target_square: Tensor | None, upstream: Tensor
+    ) -> tuple[StatGrads, Tensor]:
+        """Gradients of ``sum(upstream * loss)``: to the statistics, and to the balance, [rows]."""
+        keep, smoothing = 1.0 - self.label_smoothing, self.label_smoothing
+        to_reality, to_creativity = upstream * (1.0 - balance), upstream * balance
+        grads: dict[str, Tensor] = {}
+        if self.reality == "cross_entropy":
+            grads["target_log_prob"] = -keep * to_reality
+            if smoothing:
+                grads["mean_log_prob"] = -smoothing * to_reality
+        else:
+            grads["target_prob"] = -keep * to_reality
+            grads["collision"] = 0.5 * to_reality
+        if self.creativity == "entropy":
+            grads["entropy"] = -to_creativity
+        else:
+            grads["collision"] = grads.get("collision", 0.0) + to_creativity / stats.collision
+        if self.z_loss:
+            grads["lse"] = 2.0 * self.z_loss * upstream * stats.lse
+        if self.logit_l2:
+            grads["logit_square_sum"] = 0.5 * self.logit_l2 * upstream
+        reality, creativity = self.terms(stats, target_square)
+        return StatGrads(**grads), upstream * (creativity - reality)

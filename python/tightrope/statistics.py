@@ -1,0 +1,151 @@
+"""Row statistics: what the kernels accumulate, how parts merge, and what users see.
+
+A row's statistics pass through three forms. ``partial`` [PARTIAL, rows] holds sums over the part of the
+vocabulary seen so far, relative to its maximum; ``summary`` [SUMMARY, rows] is what follows from a whole
+row, and what the backward needs; `RowStats` are the summary's public fields. Sums stay relative to the
+maximum from end to end, so a large common offset of the logits costs no precision. The merge rule is
+that of design ``docs/mathematics.md`` and stands in C++ in ``csrc/row_math.h``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Rows of the `partial` tensors, in the order of `Partial` in csrc/row_math.h.
+PARTIAL = (
+    "max",
+    "sum_exp",
+    "sum_exp_shift",
+    "sum_exp_square",
+    "target_shift",
+    "target_exp",
+    "target_mass",
+    "shift_sum",
+    "square_sum",
+    "count",
+)
+# Rows of the `summary` tensors. The first two are kept apart, and not added to an lse, so that
+# z - max - log_sum keeps the precision of the difference.
+SUMMARY = (
+    "max",
+    "log_sum",
+    "entropy",
+    "collision",
+    "target_logit",
+    "target_prob",
+    "target_log_prob",
+    "mean_log_prob",
+    "logit_sum",
+    "logit_square_sum",
+    "target_mass",
+)
+
+
+class RowStats(NamedTuple):
+    """The statistics of each token's logits ``z`` (after bias, logit_scale and softcap), ``p = softmax(z)``.
+
+    Every field has the tokens' shape ``(...)``; floating fields are float32 (float64 if an input is), and
+    are 0 for ignored tokens. ``b`` is the target, one-hot for class indices, without label smoothing.
+    The ``target_*`` fields are None where no target was given.
+    """
+
+    lse: Tensor  #: log sum_j exp(z_j)
+    entropy: Tensor  #: H = -sum_j p_j log p_j, in nats
+    collision: Tensor  #: collision probability |p|^2 = sum_j p_j^2
+    target_logit: Tensor | None  #: <b, z>
+    target_prob: Tensor | None  #: <b, p>
+    argmax: Tensor  #: the lowest index of the largest logit, int64; -1 for ignored tokens
+    target_log_prob: Tensor | None  #: <b, log p>; cross-entropy is its negative
+    mean_log_prob: Tensor  #: (1/V) sum_j log p_j, what label smoothing needs
+    logit_sum: Tensor  #: sum_j z_j
+    logit_square_sum: Tensor  #: sum_j z_j^2
+
+
+class StatGrads(NamedTuple):
+    """Upstream gradients of the floating fields of `RowStats`, [rows] each; None means zero."""
+
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    collision: Tensor | None = None
+    target_logit: Tensor | None = None
+    target_prob: Tensor | None = None
+    target_log_prob: Tensor | None = None
+    mean_log_prob: Tensor | None = None
+    logit_sum: Tensor | None = None
+    logit_square_sum: Tensor | None = None
+
+
+def empty_partial(rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Statistics of nothing seen yet: partial [PARTIAL, rows] and argmax [rows], int64."""
+    partial = torch.zeros(len(PARTIAL), rows, dtype=dtype, device=device)
+    partial[0] = -torch.inf
+    return partial, torch.full((rows,), -1, dtype=torch.int64, device=device)
+
+
+def origin(maximum: Tensor) -> Tensor:
+    """The point that shifted sums refer to: the maximum, or 0 where every logit is -inf."""
+    return maximum.masked_fill(maximum == -torch.inf, 0.0)
+
+
+def merge(a: Tensor, b: Tensor) -> Tensor:
+    """Partial statistics [PARTIAL, rows] of two disjoint parts of the vocabulary, as one. Associative."""
+    maximum = torch.maximum(a[0], b[0])
+
+    def rebase(part: Tensor) -> list[Tensor]:
+        top, s0, s1, s2, target_shift, target_exp, mass, shift_sum, square_sum, count = part
+        shift = origin(top) - origin(maximum)
+        scale = torch.where(s0 == 0, 0.0, shift.exp())
+        return [
+            scale * s0,
+            scale * (s1 + shift * s0),
+            scale * scale * s2,
+            target_shift + shift * mass,
+            scale * target_exp,
+            mass,
+            shift_sum + shift * count,
+            square_sum,
+            count,
+        ]
+
+    return torch.stack([maximum, *(x + y for x, y in zip(rebase(a), rebase(b)))])
+
+
+def summarise(partial: Tensor, *, target_must_occur: bool = False) -> Tensor:
+    """Partial statistics of whole rows, [PARTIAL, rows] -> summary [SUMMARY, rows].
+
+    target_must_occur: each row has one target class. Where none was met the class is out of range, and the
+    statistics of the target are NaN; so is, then, that row's loss.
+    """
+    top, s0, s1, s2, target_shift, target_exp, mass, shift_sum, square_sum, count = partial
+    if target_must_occur:
+        mass = mass.masked_fill(mass == 0, torch.nan)
+        target_shift, target_exp = target_shift + 0 * mass, target_exp + 0 * mass
+    log_sum = s0.log()
+    return torch.stack(
+        [
+            top,
+            log_sum,
+            log_sum - s1 / s0,
+            s2 / s0.square(),
+            target_shift + origin(top) * mass,
+            target_exp / s0,
+            target_shift - mass * log_sum,
+            shift_sum / count - log_sum,
+            shift_sum + count * origin(top),
+            square_sum,
+            mass,
+        ]
+    )
+
+
+def row_stats(summary: Tensor, argmax: Tensor) -> RowStats:
+    """The public statistics of a summary [SUMMARY, rows], as [rows] vectors."""
+    s = dict(zip(SUMMARY, summary))
+    return RowStats(
+        lse=s["max"] + s["log_sum"],
+        argmax=argmax,
+        **{name: s[name].clone() for name in RowStats._fields if name not in ("lse", "argmax")},
+    )

@@ -1,0 +1,124 @@
+"""The chunked strategy: rows go by in chunks, and the gradients are made in the forward pass.
+
+Per chunk, over tiles of the vocabulary: one GEMM makes a tile of logits in the workspace and its statistics
+are taken while it is in cache; then, with the statistics whole and the loss's upstream gradients known, each
+tile becomes its gradient in place and goes into two GEMMs. Three GEMMs in all. The workspace holds a chunk's
+logits; dW is summed in float32 over the chunks and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..coefficients import row_coefficients
+from ..statistics import RowStats, StatGrads, row_stats
+from . import plan
+from .problem import Chunk, LinearProblem
+from .workspace import borrow
+
+# (statistics of a chunk's rows, the chunk) -> (loss of each row [n], upstream gradients of the statistics,
+# gradients of the loss's per-row arguments, [n, ...] each). Gradients include the weight of the row.
+Upstream = Callable[[RowStats, Chunk], tuple[Tensor, StatGrads, tuple[Tensor | None, ...]]]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients are wanted; the others cost no GEMM and no memory."""
+
+    input: bool
+    weight: bool
+    bias: bool
+
+
+@dataclass
+class ChunkedResult:
+    row_loss: Tensor  # [N], 0 for ignored rows
+    summary: Tensor  # [SUMMARY, N]
+    argmax: Tensor  # [N]
+    input: Tensor | None  # [N, D]; gradients are in the dtype of the arithmetic
+    weight: Tensor | None  # [V, D]
+    bias: Tensor | None  # [V]
+    args: tuple[Tensor | None, ...]  # [N, ...] each
+
+
+def loss_and_gradients(problem: LinearProblem, upstream: Upstream, needs: Needs, workspace: int) -> ChunkedResult:
+    """The loss of every row and the gradients of their weighted sum, in one sweep over the rows.
+
+    workspace: bytes for a chunk's logits.
+    """
+    dtype, device = problem.dtype, problem.input.device
+    rows, vocab_size = problem.rows, problem.vocab_size
+    summary, argmax = problem.empty_summary()
+    result = ChunkedResult(torch.zeros(rows.total, dtype=dtype, device=device), summary, argmax, None, None, None, ())
+    if needs.input:
+        # Rows that are gathered out keep the zeros.
+        make = torch.empty if rows.kept is None else torch.zeros
+        result.input = make(problem.input.shape, dtype=dtype, device=device)
+    if needs.weight:
+        result.weight = torch.empty(problem.weight.shape, dtype=dtype, device=device)
+    if needs.bias:
+        result.bias = torch.zeros(vocab_size, dtype=dtype, device=device)
+
+    size = plan.chunk_rows(rows.count, vocab_size, dtype.itemsize, workspace)
+    chunks = plan.spans(rows.count, size)
+    size = max((stop - start for start, stop in chunks), default=0)
+    with borrow(size * vocab_size, dtype, device) as flat:
+        for start, stop in chunks:
+            chunk = rows.chunk(start, stop, problem.target, dtype)
+            logits = flat[: chunk.size * vocab_size].view(chunk.size, vocab_size)
+            hidden = problem.hidden(chunk)
+            norm, grads = _forward(problem, upstream, chunk, logits, hidden, result)
+            coef = row_coefficients(norm, grads, vocab_size)
+            _backward(problem, chunk, logits, hidden, norm[:2].contiguous(), coef, result)
+    if needs.weight and not chunks:
+        result.weight.zero_()
+    return result
+
+
+def _forward(problem, upstream, chunk, logits, hidden, result) -> tuple[Tensor, StatGrads]:
+    """Fill the workspace with the chunk's logits; record statistics and loss; give summary and upstream."""
+    partial, argmax = problem.new_partial(chunk.size)
+    for tile in problem.tiles:
+        raw = logits[:, tile[0] : tile[1]]
+        torch.mm(hidden, problem.head(*tile).t(), out=raw)
+        problem.row_stats(raw, partial, argmax, chunk, tile)
+    summary = problem.summarise(partial, chunk)
+    row_loss, grads, args = upstream(row_stats(summary, argmax), chunk)
+    if chunk.active is not None:
+        row_loss = row_loss.masked_fill(~chunk.active, 0.0)
+    result.row_loss[chunk.where] = row_loss
+    result.summary[:, chunk.where] = summary
+    result.argmax[chunk.where] = argmax
+    if not result.args:
+        result.args = tuple(None if a is None else a.new_zeros(result.row_loss.shape + a.shape[1:]) for a in args)
+    for whole, part in zip(result.args, args):
+        if part is not None:
+            if chunk.active is not None:
+                part = part.masked_fill(~chunk.active.view(-1, *(1,) * (part.dim() - 1)), 0.0)
+            whole[chunk.where] = part
+    return summary, grads
+
+
+def _backward(problem, chunk, logits, hidden, norm, coef, result) -> None:
+    """Turn the chunk's logits into their gradient, tile by tile, and add it to what is wanted."""
+    in_place = isinstance(chunk.where, slice)
+    first = chunk.start == 0
+    if result.input is not None:
+        hidden_grad = result.input[chunk.where] if in_place else torch.empty_like(hidden)
+    for tile in problem.tiles:
+        raw = logits[:, tile[0] : tile[1]]
+        problem.row_grad(raw, norm, coef, chunk, tile)
+        # With beta = 0 a GEMM overwrites its output without reading it.
+        if result.input is not None:
+            torch.addmm(hidden_grad, raw, problem.head(*tile), beta=int(tile[0] > 0), out=hidden_grad)
+        if result.weight is not None:
+            part = result.weight[tile[0] : tile[1]]
+            torch.addmm(part, raw.t(), hidden, beta=int(not first), out=part)
+        if result.bias is not None:
+            result.bias[tile[0] : tile[1]] += raw.sum(0)
+    if result.input is not None and not in_place:
+        result.input[chunk.where] = hidden_grad

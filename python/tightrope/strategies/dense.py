@@ -1,0 +1,44 @@
+"""The driver for logits that exist already: rows go by in chunks, and the only new memory is their gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import plan
+from .problem import Chunk, LogitsProblem
+
+# The most that is converted or made contiguous at a time, in logits.
+_CHUNK_LOGITS = 2**22
+
+
+def _chunks(problem: LogitsProblem) -> Iterator[tuple[Chunk, Tensor]]:
+    """Chunks of rows, each with its logits, of unit stride along the vocabulary."""
+    vocab_size = problem.logits.shape[1]
+    for start, stop in plan.spans(problem.rows.total, max(1, _CHUNK_LOGITS // vocab_size)):
+        logits = problem.logits[start:stop]
+        chunk = problem.rows.chunk(start, stop, problem.target, problem.dtype)
+        yield chunk, logits if logits.stride(1) == 1 or vocab_size == 1 else logits.contiguous()
+
+
+def statistics(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
+    """Summary [SUMMARY, N] and argmax [N] of every row; zeros and -1 for ignored rows."""
+    summary, argmax = problem.empty_summary()
+    for chunk, logits in _chunks(problem):
+        partial, best = problem.new_partial(chunk.size)
+        problem.backend.row_stats(logits, partial, best, *problem.tail(chunk))
+        summary[:, chunk.where] = problem.summarise(partial, chunk)
+        argmax[chunk.where] = best
+    return summary, argmax
+
+
+def gradient(problem: LogitsProblem, summary: Tensor, coef: Tensor) -> Tensor:
+    """Gradient of the logits [N, V], from the coefficients [7, N] of every row."""
+    out = torch.empty_like(problem.logits, memory_format=torch.contiguous_format)
+    for chunk, logits in _chunks(problem):
+        norm = summary[:2, chunk.where].contiguous()
+        part = coef[:, chunk.where].contiguous()
+        problem.backend.row_grad(logits, out[chunk.where], norm, part, *problem.tail(chunk))
+    return out

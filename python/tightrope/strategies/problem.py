@@ -1,0 +1,169 @@
+"""What both drivers are given, cut into the pieces that they work on.
+
+Pieces are converted to the dtype of the arithmetic as their turn comes, so low-precision hidden states and
+heads are never copied whole: a bfloat16 GEMM would round the logits, and without native instructions it
+runs hundreds of times slower than float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend
+from ..statistics import SUMMARY, empty_partial, summarise
+from ..targets import Target, TargetChunk
+from . import plan
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How raw logits become logits: ``z = softcap tanh(logit_scale (x + bias) / softcap)``."""
+
+    logit_scale: float
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk of rows: where they stand among all rows, their targets, and which of them count."""
+
+    start: int  # among the rows that are worked on
+    size: int
+    where: slice | Tensor  # into tensors of all N rows
+    target: TargetChunk
+    active: Tensor | None  # [size] bool; None: all
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which of the N rows are worked on. Exactly one of `kept` and `active` is set where any row is ignored.
+
+    kept: [n] int64, the rows that count, ascending: only these are gathered and computed.
+    active: [N] bool: every row goes through the GEMMs, and those that do not count are masked.
+    """
+
+    total: int
+    kept: Tensor | None
+    active: Tensor | None
+
+    @classmethod
+    def of(cls, total: int, valid: Tensor | None, skip: bool) -> Rows:
+        if valid is None:
+            return cls(total, None, None)
+        if not skip:
+            return cls(total, None, valid)
+        kept = valid.nonzero().squeeze(-1)
+        return cls(total, None if kept.numel() == total else kept, None)
+
+    @property
+    def count(self) -> int:
+        return self.total if self.kept is None else self.kept.numel()
+
+    def chunk(self, start: int, stop: int, target: Target, dtype: torch.dtype) -> Chunk:
+        where = slice(start, stop) if self.kept is None else self.kept[start:stop]
+        active = None if self.active is None else self.active[start:stop]
+        return Chunk(start, stop - start, where, target.chunk(start, stop, self.kept, dtype), active)
+
+
+class _Scored:
+    """What the two kinds of problem share: how a chunk's statistics end."""
+
+    def empty_summary(self) -> tuple[Tensor, Tensor]:
+        """Summary [SUMMARY, N] and argmax [N] of rows none of which counts."""
+        total, device = self.rows.total, self.device
+        summary = torch.zeros(len(SUMMARY), total, dtype=self.dtype, device=device)
+        return summary, torch.full((total,), -1, dtype=torch.int64, device=device)
+
+    def new_partial(self, rows: int) -> tuple[Tensor, Tensor]:
+        return empty_partial(rows, self.dtype, self.device)
+
+    def summarise(self, partial: Tensor, chunk: Chunk) -> Tensor:
+        """Partial statistics of a chunk to its summary; zeros for rows that do not count."""
+        summary = summarise(partial, target_must_occur=chunk.target.index is not None)
+        return summary if chunk.active is None else summary.masked_fill(~chunk.active, 0.0)
+
+
+@dataclass(frozen=True)
+class LinearProblem(_Scored):
+    """Hidden states [N, D] under a vocabulary head [V, D] with bias [V], and a target for each row."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Target
+    rows: Rows
+    transform: Transform
+    backend: Backend
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic: float64 where any of the tensors is, else float32."""
+        return arithmetic_dtype(self.input, self.weight, self.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.input.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def tiles(self) -> list[tuple[int, int]]:
+        return plan.spans(self.vocab_size, plan.TILE, multiple=16)
+
+    def hidden(self, chunk: Chunk) -> Tensor:
+        """The chunk's hidden states [size, D]. Rows that do not count are zero: a NaN in them goes nowhere."""
+        hidden = self.input[chunk.where].to(self.dtype)
+        return hidden if chunk.active is None else hidden.masked_fill(~chunk.active.unsqueeze(-1), 0.0)
+
+    def head(self, start: int, stop: int) -> Tensor:
+        """Rows start:stop of the head, [T, D]."""
+        return self.weight[start:stop].to(self.dtype)
+
+    def head_bias(self, start: int, stop: int) -> Tensor | None:
+        return None if self.bias is None else self.bias[start:stop].to(self.dtype).contiguous()
+
+    def row_stats(self, raw: Tensor, partial: Tensor, argmax: Tensor, chunk: Chunk, tile: tuple[int, int]) -> None:
+        self.backend.row_stats(raw, partial, argmax, tile[0], *self._tail(chunk, tile))
+
+    def row_grad(self, raw: Tensor, norm: Tensor, coef: Tensor, chunk: Chunk, tile: tuple[int, int]) -> None:
+        """Gradient with respect to the raw logits, in place."""
+        self.backend.row_grad(raw, raw, norm, coef, tile[0], *self._tail(chunk, tile))
+
+    def _tail(self, chunk: Chunk, tile: tuple[int, int]) -> tuple:
+        t = self.transform
+        return (*chunk.target.tile(*tile), self.head_bias(*tile), chunk.active, t.logit_scale, t.softcap)
+
+
+@dataclass(frozen=True)
+class LogitsProblem(_Scored):
+    """Logits [N, V] and a target for each row. Ignored rows are masked, which without a GEMM costs nothing."""
+
+    logits: Tensor
+    target: Target
+    rows: Rows
+    transform: Transform
+    backend: Backend
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return arithmetic_dtype(self.logits)
+
+    @property
+    def device(self) -> torch.device:
+        return self.logits.device
+
+    def tail(self, chunk: Chunk) -> tuple:
+        """The arguments that the row primitives share."""
+        tile = chunk.target.tile(0, self.logits.shape[1])
+        return (0, *tile, None, chunk.active, self.transform.logit_scale, self.transform.softcap)
+
+
+def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32

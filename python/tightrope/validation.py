@@ -1,0 +1,209 @@
+"""Checks of what a caller passes. Each error names the argument, what came and what was expected.
+
+Nothing here reads the values of a tensor on a device that would have to be waited for, and nothing at all
+while torch.compile traces; `targets.may_read` and the operators say where the values are looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS
+from .losses import CREATIVITY, REALITY
+from .targets import TopKTarget, may_read
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REDUCTIONS = ("none", "mean", "sum")
+STRATEGIES = ("chunked", "streaming")
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def tensor(name: str, value: object, dtypes: Sequence[torch.dtype] = FLOATING) -> Tensor:
+    """``value`` as a tensor of one of ``dtypes``, else TypeError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor ({_names(dtypes)})")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: got dtype {str(value.dtype).removeprefix('torch.')}, expected one of {_names(dtypes)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, expected a dense (strided) tensor")
+    return value
+
+
+def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
+
+
+def number(
+    name: str, value: object, *, low: float = -math.inf, high: float = math.inf, above: bool = False
+) -> None:
+    """A finite real number in [low, high], or in (low, high] with ``above``."""
+    expected = "a finite number"
+    if low > -math.inf:
+        expected += f" {'above' if above else 'of at least'} {low:g}"
+    if high < math.inf:
+        expected += f" and at most {high:g}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+    if not (low <= value <= high) or (above and value == low) or value in (math.inf, -math.inf):
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
+
+
+def integer(name: str, value: object, *, low: int | None = None) -> None:
+    expected = "an integer" + ("" if low is None else f" of at least {low}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+    if low is not None and value < low:
+        raise ValueError(f"{name}: got {value}, expected {expected}")
+
+
+def flag(name: str, value: object, allowed: Sequence[bool | None]) -> None:
+    if value not in allowed or (value is not None and not isinstance(value, bool)):
+        raise TypeError(f"{name}: got {value!r}, expected one of {', '.join(map(str, allowed))}")
+
+
+def same_device(reference: str, expected: torch.device, **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None and t.device != expected:
+            raise ValueError(f"{name}: got a tensor on {t.device}, expected {expected}, the device of {reference}")
+
+
+def head(input: object, weight: object, bias: object) -> None:
+    """Hidden states (..., D), vocabulary head (V, D), bias (V) or None."""
+    tensor("input", input)
+    tensor("weight", weight)
+    if input.dim() < 1:
+        raise ValueError("input: got a 0-dimensional tensor, expected (..., D)")
+    if weight.dim() != 2 or weight.shape[0] < 1:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, expected (V, D) with V of at least 1")
+    if input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"input: got last dimension {input.shape[-1]}, expected D = {weight.shape[1]}, that of weight "
+            f"{list(weight.shape)}"
+        )
+    if bias is not None:
+        tensor("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: got shape {list(bias.shape)}, expected [{weight.shape[0]}], the V of weight")
+    same_device("input", input.device, weight=weight, bias=bias)
+
+
+def logits(value: object) -> None:
+    tensor("logits", value)
+    if value.dim() < 1 or value.shape[-1] < 1:
+        raise ValueError(f"logits: got shape {list(value.shape)}, expected (..., V) with V of at least 1")
+
+
+def target(value: object, tokens: torch.Size, vocab_size: int, device: torch.device, owner: str) -> None:
+    """Class indices (...), a distribution (..., V), or a TopKTarget; ``owner`` is what has the tokens."""
+    if isinstance(value, TopKTarget):
+        _topk(value, tokens, device, owner)
+        return
+    if isinstance(value, tuple):
+        raise TypeError("target: got a tuple, expected a tensor or tightrope.TopKTarget(indices, probs)")
+    tensor("target", value, (*INTEGER, *FLOATING))
+    distribution = value.is_floating_point()
+    shape = (*tokens, vocab_size) if distribution else tuple(tokens)
+    if value.shape != shape:
+        kind = "a floating-point target is a distribution over V" if distribution else "one class index a token"
+        raise ValueError(f"target: got shape {list(value.shape)}, expected {list(shape)} ({kind})")
+    if value.requires_grad:
+        raise ValueError("target: got a tensor that requires grad, expected one that does not; use target.detach()")
+    same_device(owner, device, target=value)
+
+
+def _topk(value: TopKTarget, tokens: torch.Size, device: torch.device, owner: str) -> None:
+    indices = tensor("target.indices", value.indices, INTEGER)
+    probs = tensor("target.probs", value.probs)
+    if indices.dim() < 1 or indices.shape[:-1] != tokens or indices.shape[-1] < 1:
+        raise ValueError(
+            f"target.indices: got shape {list(indices.shape)}, expected {[*tokens, 'K']} with K of at least 1"
+        )
+    if probs.shape != indices.shape:
+        raise ValueError(f"target.probs: got shape {list(probs.shape)}, expected {list(indices.shape)}, that of indices")
+    if probs.requires_grad:
+        raise ValueError("target.probs: got a tensor that requires grad, expected one that does not")
+    same_device(owner, device, **{"target.indices": indices, "target.probs": probs})
+
+
+def per_token(name: str, value: object, tokens: torch.Size, device: torch.device) -> None:
+    """A real tensor that broadcasts to the tokens."""
+    tensor(name, value, (*FLOATING, *INTEGER, torch.bool))
+    same_device("the tokens", device, **{name: value})
+    if value.dim() > len(tokens) or any(
+        have not in (1, want) for have, want in zip(reversed(value.shape), reversed(tokens))
+    ):
+        raise ValueError(f"{name}: got shape {list(value.shape)}, expected one that broadcasts to {list(tokens)}")
+
+
+def loss_function(loss_fn: object, row_args: object, tokens: torch.Size, device: torch.device) -> None:
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn: got {type(loss_fn).__name__}, expected a callable (stats, *row_args) -> Tensor")
+    if not isinstance(row_args, (tuple, list)):
+        raise TypeError(f"row_args: got {type(row_args).__name__}, expected a tuple of tensors")
+    for i, arg in enumerate(row_args):
+        name = f"row_args[{i}]"
+        if isinstance(arg, Tensor) and arg.shape[: len(tokens)] == tokens:
+            same_device("input", device, **{name: arg})
+        else:
+            per_token(name, arg, tokens, device)
+
+
+def balance(value: object, tokens: torch.Size, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        number("balance", value, low=0.0, high=1.0)
+        return
+    per_token("balance", value, tokens, device)
+    if not torch.compiler.is_compiling() and may_read(value) and value.numel():
+        low, high = value.detach().aminmax()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"balance: got values from {low.item()} to {high.item()}, expected [0, 1]")
+
+
+def normalizer(value: object, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        number("normalizer", value, low=0.0, above=True)
+        return
+    tensor("normalizer", value, (*FLOATING, *INTEGER))
+    if value.dim() != 0:
+        raise ValueError(f"normalizer: got shape {list(value.shape)}, expected a number or a 0-dimensional tensor")
+    if value.requires_grad:
+        raise ValueError("normalizer: got a tensor that requires grad, expected one that does not")
+
+
+def shift(value: object, tokens: torch.Size) -> None:
+    integer("shift", value, low=0)
+    if value and not tokens:
+        raise ValueError(f"shift: got {value} for a single token, expected 0, or tokens of shape (..., T)")
+
+
+def transform(logit_scale: object, softcap: object) -> None:
+    number("logit_scale", logit_scale)
+    if softcap is not None:
+        number("softcap", softcap, low=0.0, above=True)
+
+
+def loss_terms(reality: object, creativity: object, label_smoothing: object, z_loss: object, logit_l2: object) -> None:
+    choice("reality", reality, REALITY)
+    choice("creativity", creativity, CREATIVITY)
+    number("label_smoothing", label_smoothing, low=0.0, high=1.0)
+    number("z_loss", z_loss, low=0.0)
+    number("logit_l2", logit_l2, low=0.0)
+
+
+def run_options(backend: object, workspace_mb: object, strategy: object, skip_ignored: object) -> None:
+    if backend is not None:
+        choice("backend", backend, tuple(BACKENDS))
+    if workspace_mb is not None:
+        number("workspace_mb", workspace_mb, low=0.0, above=True)
+    if strategy is not None:
+        choice("strategy", strategy, STRATEGIES)
+    flag("skip_ignored", skip_ignored, (None, True, False))

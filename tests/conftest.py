@@ -1,0 +1,24 @@
+"""Settings of every test: few threads, no compiled caches shared with other runs, quick hypothesis."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "tightrope",
+    deadline=None,  # the first call of a kernel is slow
+    derandomize=True,  # a failure must fail again
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("tightrope")
+
+
+@pytest.fixture(autouse=True)
+def _restore_global_state():
+    """No test leaves threads, seeds or the default dtype changed for the next."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float32)
