@@ -1,23 +1,24 @@
-// The arithmetic of one vocabulary row: the merge rule of partial statistics and the form of the gradient.
+// The arithmetic of one vocabulary row: the merge rule of partial statistics and the form of the
+// gradient.
 //
-// Every C++ and CUDA kernel includes this header and none repeats what stands in it. The functions are
-// templates over the value type, which is a scalar here and may be a vector register in a CPU kernel. The
-// mathematics, with the names used here, is in docs/mathematics.md.
+// Every C++ and CUDA kernel includes this header and none repeats what stands in it. The functions
+// are templates over the value type, which is a scalar here and may be a vector register in a CPU
+// kernel. The mathematics, with the names used here, is in docs/mathematics.md.
 #pragma once
 
 #include <cmath>
 #include <limits>
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
-#define TIGHTROPE_HD __host__ __device__ inline
+#  define TIGHTROPE_HD __host__ __device__ inline
 #else
-#define TIGHTROPE_HD inline
+#  define TIGHTROPE_HD inline
 #endif
 
 namespace tightrope {
 
-// Statistics of part of a row, all sums relative to `origin(max)`. The order is the layout of the `partial`
-// tensors, [kPartialFields, rows].
+// Statistics of part of a row, all sums relative to `origin(max)`. The order is the layout of the
+// `partial` tensors, [kPartialFields, rows].
 template <class T>
 struct Partial {
   T max = -std::numeric_limits<T>::infinity();
@@ -40,8 +41,8 @@ struct Coefficients {
 };
 constexpr int kCoefficients = 7;
 
-// e^x is 0 in every supported type long before x reaches this; log-probabilities are clamped to it so that
-// an impossible entry contributes 0 * finite = 0 and not 0 * -inf = NaN.
+// e^x is 0 in every supported type long before x reaches this; log-probabilities are clamped to it
+// so that an impossible entry contributes 0 * finite = 0 and not 0 * -inf = NaN.
 constexpr double kLogZero = -1e4;
 
 // The point that shifted sums refer to: the maximum, or 0 where no entry is possible (all -inf).
@@ -64,8 +65,8 @@ TIGHTROPE_HD Partial<T> merge(const Partial<T>& a, const Partial<T>& b) {
   out.sum_exp_shift = scale_a * (a.sum_exp_shift + shift_a * a.sum_exp) +
                       scale_b * (b.sum_exp_shift + shift_b * b.sum_exp);
   out.sum_exp_square = scale_a * scale_a * a.sum_exp_square + scale_b * scale_b * b.sum_exp_square;
-  out.target_shift = (a.target_shift + shift_a * a.target_mass) +
-                     (b.target_shift + shift_b * b.target_mass);
+  out.target_shift =
+      (a.target_shift + shift_a * a.target_mass) + (b.target_shift + shift_b * b.target_mass);
   out.target_exp = scale_a * a.target_exp + scale_b * b.target_exp;
   out.target_mass = a.target_mass + b.target_mass;
   out.shift_sum = (a.shift_sum + shift_a * a.count) + (b.shift_sum + shift_b * b.count);

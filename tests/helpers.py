@@ -25,9 +25,7 @@ from tightrope import backends, reference
 ROOT = Path(__file__).resolve().parents[1]
 _FOUND = {row["backend"] for row in backends.describe() if row["available"]}
 BACKENDS = [
-    pytest.param(
-        name, marks=pytest.mark.skipif(name not in _FOUND, reason=f"backend {name} is not built")
-    )
+    pytest.param(name, marks=pytest.mark.skipif(name not in _FOUND, reason=f"backend {name} is not built"))
     for name in ("cpu", "eager")
 ]
 STRATEGIES = ["chunked", "streaming"]
@@ -122,8 +120,7 @@ def evaluate(function, problem: Problem, dtype=None, **options) -> dict[str, Ten
         options = {name: value for name, value in options.items() if name not in RUN_ONLY}
         target = plain(target)
     leaves = {
-        name: leaf.detach().to(dtype or leaf.dtype).requires_grad_()
-        for name, leaf in problem.leaves.items()
+        name: leaf.detach().to(dtype or leaf.dtype).requires_grad_() for name, leaf in problem.leaves.items()
     }
     first = [leaves[name] for name in ("input", "weight") if name in leaves]
     rest = {name: leaf for name, leaf in leaves.items() if name not in ("input", "weight")}

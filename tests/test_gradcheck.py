@@ -10,7 +10,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import BACKENDS, STRATEGIES, class_indices, dense, rand, randn, top_k
+from helpers import BACKENDS, STRATEGIES, class_indices, rand, randn, top_k
 
 import tightrope
 
@@ -25,6 +25,12 @@ everywhere = pytest.mark.parametrize(
         for backend, strategy in itertools.product(BACKENDS, STRATEGIES)
     ],
 )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Thread teams cost more than such tiny problems; conftest restores the number."""
+    torch.set_num_threads(1)
 
 
 def double(*shape, seed):
@@ -256,9 +262,7 @@ def test_statistics_over_tiles_with_shift(backend):
         options = dict(shift=1, workspace_mb=1e-3, backend=backend)
         stats = tightrope.linear_vocab_stats(target=target, **kw, **options)
         scale = {"logit_sum": 1e-2, "logit_square_sum": 1e-3}
-        return tuple(
-            scale.get(name, 1) * x for name, x in zip(stats._fields, stats) if name != "argmax"
-        )
+        return tuple(scale.get(name, 1) * x for name, x in zip(stats._fields, stats) if name != "argmax")
 
     check(function, chosen, fast=True)
 
@@ -348,8 +352,6 @@ def test_focal_with_defaults(backend, strategy):
     options = dict(backend=backend, strategy=strategy)
 
     def function(**kw):
-        return tightrope.linear_vocab_loss(
-            target=targets()["index"], loss_fn=focal, **kw, **options
-        )
+        return tightrope.linear_vocab_loss(target=targets()["index"], loss_fn=focal, **kw, **options)
 
     check(function, chosen)

@@ -28,9 +28,7 @@ def assert_equal(actual, expected):
 @pytest.mark.parametrize("ignore_index", [-100, 3])
 def test_cross_entropy_of_class_indices(reduction, label_smoothing, ignore_index):
     target = TARGET.masked_fill(TARGET == -100, ignore_index)
-    options = dict(
-        reduction=reduction, label_smoothing=label_smoothing, ignore_index=ignore_index
-    )
+    options = dict(reduction=reduction, label_smoothing=label_smoothing, ignore_index=ignore_index)
     actual = reference.reality_creativity_loss(LOGITS, target, **options)
     assert_equal(actual, F.cross_entropy(LOGITS, target, **options))
 
@@ -78,9 +76,7 @@ def test_statistics_of_uniform_rows(offset):
     assert set(expected) == set(stats._fields)
     for name, value in expected.items():
         actual = getattr(stats, name)
-        torch.testing.assert_close(
-            actual, torch.full_like(actual, value), rtol=1e-12, atol=1e-12, msg=name
-        )
+        torch.testing.assert_close(actual, torch.full_like(actual, value), rtol=1e-12, atol=1e-12, msg=name)
 
 
 def test_statistics_of_distributions():

@@ -1,8 +1,9 @@
-// The CPU extension: checks what the kernels of rows.h rely on, picks the types, registers with the dispatcher.
+// The CPU extension: checks what the kernels of rows.h rely on, picks the types, registers with the
+// dispatcher.
 //
-// Included by one stub per instruction set, which names the module. The operators' schemas are defined in
-// Python (tightrope/backends/ops.py), so that they exist without this extension too. Light ATen headers
-// instead of torch/extension.h halve the time to build.
+// Included by one stub per instruction set, which names the module. The operators' schemas are
+// defined in Python (tightrope/backends/ops.py), so that they exist without this extension too.
+// Light ATen headers instead of torch/extension.h halve the time to build.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -33,23 +34,28 @@ const U* pointer(const OptionalTensor& t) {
 
 inline void check_logits(const Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.dim() == 2, name, " has ", t.dim(), " dimensions, expected 2: rows, entries");
-  TORCH_CHECK_VALUE(t.size(1) <= 1 || t.stride(1) == 1, name, " has stride ", t.stride(1),
-                    " between entries, expected 1");
+  TORCH_CHECK_VALUE(
+      t.size(1) <= 1 || t.stride(1) == 1, name, " has stride ", t.stride(1),
+      " between entries, expected 1");
 }
 
 template <class T>
-Targets<T> make_targets(int64_t rows, int64_t cols, const OptionalTensor& index, const OptionalTensor& dense,
-                        const OptionalTensor& topk_index, const OptionalTensor& topk_prob) {
+Targets<T> make_targets(
+    int64_t rows, int64_t cols, const OptionalTensor& index, const OptionalTensor& dense,
+    const OptionalTensor& topk_index, const OptionalTensor& topk_prob) {
   constexpr auto type = c10::CppTypeToScalarType<T>::value;
-  Targets<T> out{pointer<int64_t>(index), pointer<T>(dense), 0, pointer<int64_t>(topk_index), pointer<T>(topk_prob), 0};
+  Targets<T> out{pointer<int64_t>(index),      pointer<T>(dense),     0,
+                 pointer<int64_t>(topk_index), pointer<T>(topk_prob), 0};
   if (index.has_value()) check(*index, "index", {rows}, at::kLong);
   if (dense.has_value()) {
     check_logits(*dense, "dense");
-    TORCH_CHECK_VALUE(dense->size(0) == rows && dense->size(1) == cols, "dense has shape ", dense->sizes(),
-                      ", expected [", rows, ", ", cols, "]");
+    TORCH_CHECK_VALUE(
+        dense->size(0) == rows && dense->size(1) == cols, "dense has shape ", dense->sizes(),
+        ", expected [", rows, ", ", cols, "]");
     out.dense_stride = dense->stride(0);
   }
-  TORCH_CHECK_VALUE(topk_index.has_value() == topk_prob.has_value(), "topk_index and topk_prob go together");
+  TORCH_CHECK_VALUE(
+      topk_index.has_value() == topk_prob.has_value(), "topk_index and topk_prob go together");
   if (topk_index.has_value()) {
     out.topk = topk_index->size(-1);
     check(*topk_index, "topk_index", {rows, out.topk}, at::kLong);
@@ -59,8 +65,8 @@ Targets<T> make_targets(int64_t rows, int64_t cols, const OptionalTensor& index,
 }
 
 template <class T>
-Transform<T> make_transform(int64_t cols, const OptionalTensor& bias, double logit_scale,
-                            std::optional<double> softcap) {
+Transform<T> make_transform(
+    int64_t cols, const OptionalTensor& bias, double logit_scale, std::optional<double> softcap) {
   if (bias.has_value()) check(*bias, "bias", {cols}, c10::CppTypeToScalarType<T>::value);
   return {pointer<T>(bias), static_cast<T>(logit_scale), static_cast<T>(softcap.value_or(0))};
 }
@@ -69,10 +75,11 @@ inline void check_active(const OptionalTensor& active, int64_t rows) {
   if (active.has_value()) check(*active, "active", {rows}, at::kBool);
 }
 
-void row_stats_op(const Tensor& logits, Tensor& partial, Tensor& argmax, int64_t offset,
-                  const OptionalTensor& index, const OptionalTensor& dense, const OptionalTensor& topk_index,
-                  const OptionalTensor& topk_prob, const OptionalTensor& bias, const OptionalTensor& active,
-                  double logit_scale, std::optional<double> softcap) {
+void row_stats_op(
+    const Tensor& logits, Tensor& partial, Tensor& argmax, int64_t offset,
+    const OptionalTensor& index, const OptionalTensor& dense, const OptionalTensor& topk_index,
+    const OptionalTensor& topk_prob, const OptionalTensor& bias, const OptionalTensor& active,
+    double logit_scale, std::optional<double> softcap) {
   check_logits(logits, "logits");
   const int64_t rows = logits.size(0), cols = logits.size(1);
   check(argmax, "argmax", {rows}, at::kLong);
@@ -81,23 +88,27 @@ void row_stats_op(const Tensor& logits, Tensor& partial, Tensor& argmax, int64_t
       at::kHalf, at::kBFloat16, logits.scalar_type(), "tightrope::row_stats", [&] {
         using T = at::opmath_type<scalar_t>;
         check(partial, "partial", {kPartialFields, rows}, c10::CppTypeToScalarType<T>::value);
-        row_stats<scalar_t, T>(logits.const_data_ptr<scalar_t>(), logits.stride(0), rows, cols, offset,
-                               make_transform<T>(cols, bias, logit_scale, softcap),
-                               make_targets<T>(rows, cols, index, dense, topk_index, topk_prob),
-                               pointer<bool>(active), partial.data_ptr<T>(), argmax.data_ptr<int64_t>());
+        row_stats<scalar_t, T>(
+            logits.const_data_ptr<scalar_t>(), logits.stride(0), rows, cols, offset,
+            make_transform<T>(cols, bias, logit_scale, softcap),
+            make_targets<T>(rows, cols, index, dense, topk_index, topk_prob), pointer<bool>(active),
+            partial.data_ptr<T>(), argmax.data_ptr<int64_t>());
       });
 }
 
-void row_grad_op(const Tensor& logits, Tensor& out, const Tensor& norm, const Tensor& coef, int64_t offset,
-                 const OptionalTensor& index, const OptionalTensor& dense, const OptionalTensor& topk_index,
-                 const OptionalTensor& topk_prob, const OptionalTensor& bias, const OptionalTensor& active,
-                 double logit_scale, std::optional<double> softcap) {
+void row_grad_op(
+    const Tensor& logits, Tensor& out, const Tensor& norm, const Tensor& coef, int64_t offset,
+    const OptionalTensor& index, const OptionalTensor& dense, const OptionalTensor& topk_index,
+    const OptionalTensor& topk_prob, const OptionalTensor& bias, const OptionalTensor& active,
+    double logit_scale, std::optional<double> softcap) {
   check_logits(logits, "logits");
   check_logits(out, "out");
   const int64_t rows = logits.size(0), cols = logits.size(1);
-  TORCH_CHECK_VALUE(out.sizes() == logits.sizes(), "out has shape ", out.sizes(), ", expected ", logits.sizes());
-  TORCH_CHECK_TYPE(out.scalar_type() == logits.scalar_type(), "out is ", out.scalar_type(), ", expected ",
-                   logits.scalar_type());
+  TORCH_CHECK_VALUE(
+      out.sizes() == logits.sizes(), "out has shape ", out.sizes(), ", expected ", logits.sizes());
+  TORCH_CHECK_TYPE(
+      out.scalar_type() == logits.scalar_type(), "out is ", out.scalar_type(), ", expected ",
+      logits.scalar_type());
   check_active(active, rows);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, logits.scalar_type(), "tightrope::row_grad", [&] {
@@ -105,11 +116,11 @@ void row_grad_op(const Tensor& logits, Tensor& out, const Tensor& norm, const Te
         constexpr auto type = c10::CppTypeToScalarType<T>::value;
         check(norm, "norm", {2, rows}, type);
         check(coef, "coef", {kCoefficients, rows}, type);
-        row_grad<scalar_t, T>(logits.const_data_ptr<scalar_t>(), logits.stride(0), out.data_ptr<scalar_t>(),
-                              out.stride(0), rows, cols, offset,
-                              make_transform<T>(cols, bias, logit_scale, softcap),
-                              make_targets<T>(rows, cols, index, dense, topk_index, topk_prob),
-                              pointer<bool>(active), norm.const_data_ptr<T>(), coef.const_data_ptr<T>());
+        row_grad<scalar_t, T>(
+            logits.const_data_ptr<scalar_t>(), logits.stride(0), out.data_ptr<scalar_t>(),
+            out.stride(0), rows, cols, offset, make_transform<T>(cols, bias, logit_scale, softcap),
+            make_targets<T>(rows, cols, index, dense, topk_index, topk_prob), pointer<bool>(active),
+            norm.const_data_ptr<T>(), coef.const_data_ptr<T>());
       });
 }
 

@@ -1,9 +1,10 @@
 // Row statistics and row gradients on a CPU, vectorised over a row and threaded over rows.
 //
-// A row is taken in blocks that fit the first-level cache: one pass converts, transforms and finds the
-// block's maximum, a second one sums, and the block then merges into the row by the rule of row_math.h. So
-// each logit is read from memory once, and no vector is rescaled while it accumulates. Every row is
-// computed by one thread in one order: results do not depend on the number of threads.
+// A row is taken in blocks that fit the first-level cache: one pass converts, transforms and finds
+// the block's maximum, a second one sums, and the block then merges into the row by the rule of
+// row_math.h. So each logit is read from memory once, and no vector is rescaled while it
+// accumulates. Every row is computed by one thread in one order: results do not depend on the
+// number of threads.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -71,7 +72,8 @@ T load_block(const scalar_t* raw, int64_t first, int64_t n, const Transform<T>& 
   const Vec lowest(-std::numeric_limits<T>::infinity());
   const Vec scale(transform.logit_scale), cap(transform.softcap);
   const Vec inverse_cap(transform.softcap == T(0) ? T(0) : T(1) / transform.softcap);
-  const bool plain = transform.bias == nullptr && transform.logit_scale == T(1) && transform.softcap == T(0);
+  const bool plain =
+      transform.bias == nullptr && transform.logit_scale == T(1) && transform.softcap == T(0);
   Vec maximum = lowest;
   for (int64_t j = 0; j < n; j += kLanes) {
     const int64_t lanes = std::min(kLanes, n - j);
@@ -85,11 +87,11 @@ T load_block(const scalar_t* raw, int64_t first, int64_t n, const Transform<T>& 
     if (lanes < kLanes) v = Vec::set(lowest, v, lanes);
     maximum = at::vec::maximum(maximum, v);
   }
-  return at::vec::vec_reduce_all(
-      [](Vec a, Vec b) { return at::vec::maximum(a, b); }, maximum);
+  return at::vec::vec_reduce_all([](Vec a, Vec b) { return at::vec::maximum(a, b); }, maximum);
 }
 
-// Statistics of one block of logits whose maximum is known. `dense` is the block's dense target, or null.
+// Statistics of one block of logits whose maximum is known. `dense` is the block's dense target, or
+// null.
 template <class T>
 Partial<T> block_statistics(const T* z, int64_t n, T max, const T* dense) {
   using Vec = Vectorized<T>;
@@ -143,13 +145,14 @@ int64_t first_maximum(const T* z, int64_t n, T max) {
   return 0;
 }
 
-// Merges the statistics of logits [rows, cols], row stride `stride`, into partial [kPartialFields, rows] and
-// argmax [rows] (-1: none yet). Column 0 is entry `offset` of the vocabulary. Rows with active[i] false are
-// neither read nor written.
+// Merges the statistics of logits [rows, cols], row stride `stride`, into partial [kPartialFields,
+// rows] and argmax [rows] (-1: none yet). Column 0 is entry `offset` of the vocabulary. Rows with
+// active[i] false are neither read nor written.
 template <class scalar_t, class T>
-void row_stats(const scalar_t* logits, int64_t stride, int64_t rows, int64_t cols, int64_t offset,
-               const Transform<T>& transform, const Targets<T>& targets, const bool* active, T* partial,
-               int64_t* argmax) {
+void row_stats(
+    const scalar_t* logits, int64_t stride, int64_t rows, int64_t cols, int64_t offset,
+    const Transform<T>& transform, const Targets<T>& targets, const bool* active, T* partial,
+    int64_t* argmax) {
   const int64_t grain = std::max<int64_t>(1, 16 * kBlock / std::max<int64_t>(cols, 1));
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     alignas(64) T z[kBlock];
@@ -162,7 +165,8 @@ void row_stats(const scalar_t* logits, int64_t stride, int64_t rows, int64_t col
       for (int64_t first = 0; first < cols; first += kBlock) {
         const int64_t n = std::min(kBlock, cols - first);
         const T max = load_block(logits + i * stride, first, n, transform, z);
-        const T* dense = targets.dense == nullptr ? nullptr : targets.dense + i * targets.dense_stride + first;
+        const T* dense =
+            targets.dense == nullptr ? nullptr : targets.dense + i * targets.dense_stride + first;
         Partial<T> block = block_statistics(z, n, max, dense);
         targets.for_sparse(i, offset + first, n, [&](int64_t column, T mass) {
           const T d = z[column] - origin(max);
@@ -182,12 +186,13 @@ void row_stats(const scalar_t* logits, int64_t stride, int64_t rows, int64_t col
 }
 
 // Writes dloss/draw of logits [rows, cols] to out [rows, cols], which may be the logits themselves.
-// norm [2, rows]: maximum and log of the sum of exponentials of the whole row. coef [kCoefficients, rows].
-// Rows with active[i] false are not read and get zeros.
+// norm [2, rows]: maximum and log of the sum of exponentials of the whole row. coef [kCoefficients,
+// rows]. Rows with active[i] false are not read and get zeros.
 template <class scalar_t, class T>
-void row_grad(const scalar_t* logits, int64_t stride, scalar_t* out, int64_t out_stride, int64_t rows,
-              int64_t cols, int64_t offset, const Transform<T>& transform, const Targets<T>& targets,
-              const bool* active, const T* norm, const T* coef) {
+void row_grad(
+    const scalar_t* logits, int64_t stride, scalar_t* out, int64_t out_stride, int64_t rows,
+    int64_t cols, int64_t offset, const Transform<T>& transform, const Targets<T>& targets,
+    const bool* active, const T* norm, const T* coef) {
   using Vec = Vectorized<T>;
   constexpr int64_t kLanes = Vec::size();
   const int64_t grain = std::max<int64_t>(1, 16 * kBlock / std::max<int64_t>(cols, 1));
@@ -204,14 +209,16 @@ void row_grad(const scalar_t* logits, int64_t stride, scalar_t* out, int64_t out
       const T max = norm[i], log_sum = norm[rows + i];
       const auto value = [&](int k) { return coef[k * rows + i]; };
       const Coefficients<T> c{value(0), value(1), value(2), value(3), value(4), value(5), value(6)};
-      const Coefficients<Vec> vc{Vec(c.prob),   Vec(c.prob_log_prob), Vec(c.prob_square), Vec(c.target),
-                                 Vec(c.target_prob), Vec(c.logit),    Vec(c.constant)};
+      const Coefficients<Vec> vc{Vec(c.prob),    Vec(c.prob_log_prob), Vec(c.prob_square),
+                                 Vec(c.target),  Vec(c.target_prob),   Vec(c.logit),
+                                 Vec(c.constant)};
       // Skipped when absent, not multiplied by zero: a masked entry has z = -inf.
       const bool has_logit_term = c.logit != T(0) || c.constant != T(0);
       for (int64_t first = 0; first < cols; first += kBlock) {
         const int64_t n = std::min(kBlock, cols - first);
         load_block(logits + i * stride, first, n, transform, z);
-        const T* dense = targets.dense == nullptr ? nullptr : targets.dense + i * targets.dense_stride + first;
+        const T* dense =
+            targets.dense == nullptr ? nullptr : targets.dense + i * targets.dense_stride + first;
         for (int64_t j = 0; j < n; j += kLanes) {
           const int64_t lanes = std::min(kLanes, n - j);
           const Vec v = Vec::loadu(z + j, lanes);

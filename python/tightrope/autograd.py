@@ -117,7 +117,9 @@ class CustomChunkedLoss(Function):
         problem = linear_problem(input, weight, bias, *options, backend)
         upstream = _differentiate(loss_fn, row_scale, row_args, ctx.needs_input_grad[6:])
         with no_autocast(input.device):
-            result = chunked.loss_and_gradients(problem, upstream, Needs(*ctx.needs_input_grad[2:5]), workspace)
+            result = chunked.loss_and_gradients(
+                problem, upstream, Needs(*ctx.needs_input_grad[2:5]), workspace
+            )
         to_args = result.args or (None,) * len(row_args)
         ctx.save_for_backward(result.row_loss, result.input, result.weight, result.bias, *to_args)
         ctx.dtypes = [None if t is None else t.dtype for t in (row_scale, input, weight, bias, *row_args)]
@@ -152,17 +154,15 @@ def _scale(gradients, dtypes, upstream: Tensor) -> list[Tensor | None]:
     return [None if g is None else g.to(t) for g, t in zip(scaled, dtypes)]
 
 
-def _differentiate(loss_fn: Callable, row_scale: Tensor, row_args: tuple[Tensor, ...], args_need: tuple[bool, ...]):
+def _differentiate(
+    loss_fn: Callable, row_scale: Tensor, row_args: tuple[Tensor, ...], args_need: tuple[bool, ...]
+):
     """A user's loss as the chunk loop wants it: autograd gives the gradients of the statistics."""
 
     def upstream(stats: RowStats, chunk):
         with torch.enable_grad():
-            leaves = {
-                name: getattr(stats, name).detach().requires_grad_() for name in _FLOATING
-            }
-            args = [
-                arg.detach()[chunk.where].requires_grad_(need) for arg, need in zip(row_args, args_need)
-            ]
+            leaves = {name: getattr(stats, name).detach().requires_grad_() for name in _FLOATING}
+            args = [arg.detach()[chunk.where].requires_grad_(need) for arg, need in zip(row_args, args_need)]
             loss = loss_fn(stats._replace(**leaves), *args)
             check_row_loss(loss, chunk.size)
             inputs = [*leaves.values(), *(a for a in args if a.requires_grad)]

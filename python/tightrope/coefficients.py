@@ -31,7 +31,7 @@ class RowCoefficients(NamedTuple):
 
 
 def row_coefficients(summary: Tensor, grads: StatGrads, vocab_size: int) -> Tensor:
-    """Coefficients [7, rows] from a summary [SUMMARY, rows] and upstream gradients [rows] of its statistics."""
+    """Coefficients [7, rows] from a summary [SUMMARY, rows] and the upstream gradients of its statistics."""
     s = dict(zip(SUMMARY, summary))
     zero = torch.zeros_like(s["max"])
     prob, prob_log_prob, prob_square, target, target_prob, logit, constant = (zero,) * 7

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from . import tokens as _tokens
 from . import validation
-from .autograd import ChunkedLoss, CustomChunkedLoss, LinearVocabStats, LogitsVocabStats, check_row_loss
+from .autograd import (
+    ChunkedLoss,
+    CustomChunkedLoss,
+    LinearVocabStats,
+    LogitsVocabStats,
+    check_row_loss,
+)
 from .losses import RealityCreativity
 from .statistics import RowStats, row_stats
 from .strategies import plan
@@ -100,7 +106,19 @@ def linear_reality_creativity_loss(
     """
     validation.head(input, weight, bias)
     shape, vocab_size = input.shape[:-1], weight.shape[0]
-    _check_loss(target, balance, row_weight, shape, vocab_size, input.device, "input", ignore_index, reduction, normalizer, shift)
+    _check_loss(
+        target,
+        balance,
+        row_weight,
+        shape,
+        vocab_size,
+        input.device,
+        "input",
+        ignore_index,
+        reduction,
+        normalizer,
+        shift,
+    )
     validation.loss_terms(reality, creativity, label_smoothing, z_loss, logit_l2)
     validation.transform(logit_scale, softcap)
     validation.run_options(backend, workspace_mb, strategy, skip_ignored)
@@ -162,7 +180,19 @@ def reality_creativity_loss(
     """
     validation.logits(logits)
     shape, vocab_size = logits.shape[:-1], logits.shape[-1]
-    _check_loss(target, balance, row_weight, shape, vocab_size, logits.device, "logits", ignore_index, reduction, normalizer, shift)
+    _check_loss(
+        target,
+        balance,
+        row_weight,
+        shape,
+        vocab_size,
+        logits.device,
+        "logits",
+        ignore_index,
+        reduction,
+        normalizer,
+        shift,
+    )
     validation.loss_terms(reality, creativity, label_smoothing, z_loss, logit_l2)
     validation.transform(logit_scale, softcap)
     validation.run_options(backend, None, None, None)
@@ -196,7 +226,7 @@ def linear_vocab_stats(
     workspace_mb: float | None = None,
     backend: str | None = None,
 ) -> RowStats:
-    """Statistics of each token's logits, differentiable in every floating field, without the logits in memory.
+    """Statistics of each token's logits, differentiable in every floating field, in little memory.
 
     Token log-probabilities are ``stats.target_log_prob`` (for class indices ``target_logit - lse``, without
     the cancellation) and entropies ``stats.entropy``; each field takes its own upstream gradient per token.
@@ -269,7 +299,19 @@ def linear_vocab_loss(
     """
     validation.head(input, weight, bias)
     shape = input.shape[:-1]
-    _check_loss(target, 0.0, row_weight, shape, weight.shape[0], input.device, "input", ignore_index, reduction, normalizer, shift)
+    _check_loss(
+        target,
+        0.0,
+        row_weight,
+        shape,
+        weight.shape[0],
+        input.device,
+        "input",
+        ignore_index,
+        reduction,
+        normalizer,
+        shift,
+    )
     validation.transform(logit_scale, softcap)
     validation.run_options(backend, workspace_mb, strategy, skip_ignored)
     validation.flag("return_stats", return_stats, (True, False))
@@ -294,7 +336,19 @@ def linear_vocab_loss(
     return (loss, _detached(stats, shape)) if return_stats else loss
 
 
-def _check_loss(target, balance, row_weight, shape, vocab_size, device, owner, ignore_index, reduction, normalizer, shift):
+def _check_loss(
+    target,
+    balance,
+    row_weight,
+    shape,
+    vocab_size,
+    device,
+    owner,
+    ignore_index,
+    reduction,
+    normalizer,
+    shift,
+):
     """What all losses take."""
     validation.target(target, shape, vocab_size, device, owner)
     validation.balance(balance, shape, device)
@@ -315,7 +369,14 @@ def _linear_tail(flat, logit_scale, softcap, skip_ignored, workspace_mb, backend
     if skip and device is not None and device.type == "cuda":
         skip = not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
     cap = None if softcap is None else float(softcap)
-    return (*flat.arguments, float(logit_scale), cap, skip, plan.workspace_bytes(workspace_mb), backend)
+    return (
+        *flat.arguments,
+        float(logit_scale),
+        cap,
+        skip,
+        plan.workspace_bytes(workspace_mb),
+        backend,
+    )
 
 
 def _strategy(strategy, reduction, rows, weight, bias, workspace_mb) -> str:

@@ -11,13 +11,15 @@ from .targets import TopKTarget
 
 
 class _Loss(nn.Module):
-    """Holds options; checks those that need no tensors; shows in its repr those that differ from the default."""
+    """Holds options; checks those that need no tensors; shows in its repr those that were given."""
 
     def __init__(self, options: dict[str, object], defaults: dict[str, object]):
         super().__init__()
         for name in options:
             if name not in defaults:
-                raise TypeError(f"{type(self).__name__}: got option {name!r}, expected one of {', '.join(defaults)}")
+                raise TypeError(
+                    f"{type(self).__name__}: got option {name!r}, expected one of {', '.join(defaults)}"
+                )
         self.options = options
         given = {**defaults, **options}
         validation.loss_terms(
@@ -27,7 +29,9 @@ class _Loss(nn.Module):
         validation.choice("reduction", given["reduction"], validation.REDUCTIONS)
         validation.integer("ignore_index", given["ignore_index"])
         validation.integer("shift", given["shift"], low=0)
-        validation.run_options(*(given.get(k) for k in ("backend", "workspace_mb", "strategy", "skip_ignored")))
+        validation.run_options(
+            *(given.get(k) for k in ("backend", "workspace_mb", "strategy", "skip_ignored"))
+        )
         validation.flag("return_stats", given["return_stats"], (True, False))
 
     def extra_repr(self) -> str:
@@ -53,7 +57,12 @@ class LinearRealityCreativityLoss(_Loss):
         super().__init__(options, linear_reality_creativity_loss.__kwdefaults__)
 
     def forward(
-        self, input: Tensor, weight: Tensor, target: Tensor | TopKTarget, bias: Tensor | None = None, **per_call
+        self,
+        input: Tensor,
+        weight: Tensor,
+        target: Tensor | TopKTarget,
+        bias: Tensor | None = None,
+        **per_call,
     ) -> Tensor | tuple[Tensor, RowStats]:
         """Shapes as in the function; ``per_call`` are balance, row_weight, normalizer."""
         return linear_reality_creativity_loss(input, weight, target, bias, **_merged(self, per_call))
@@ -68,7 +77,9 @@ class RealityCreativityLoss(_Loss):
     def __init__(self, **options):
         super().__init__(options, reality_creativity_loss.__kwdefaults__)
 
-    def forward(self, logits: Tensor, target: Tensor | TopKTarget, **per_call) -> Tensor | tuple[Tensor, RowStats]:
+    def forward(
+        self, logits: Tensor, target: Tensor | TopKTarget, **per_call
+    ) -> Tensor | tuple[Tensor, RowStats]:
         """Shapes as in the function; ``per_call`` are balance, row_weight, normalizer."""
         return reality_creativity_loss(logits, target, **_merged(self, per_call))
 

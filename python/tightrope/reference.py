@@ -88,7 +88,15 @@ def row_stats(z, b=None) -> ReferenceStats:
 
 
 def token_loss(
-    z, b, *, balance=0.0, reality="cross_entropy", creativity="entropy", label_smoothing=0.0, z_loss=0.0, logit_l2=0.0
+    z,
+    b,
+    *,
+    balance=0.0,
+    reality="cross_entropy",
+    creativity="entropy",
+    label_smoothing=0.0,
+    z_loss=0.0,
+    logit_l2=0.0,
 ) -> Tensor:
     """``(1 - balance) reality + balance creativity + regularisers``, per token: (..., V), (..., V) -> (...)."""
     stats = row_stats(z)
@@ -109,7 +117,11 @@ def token_loss(
 
 def reduce(loss, valid, *, row_weight=None, reduction="mean", normalizer=None) -> Tensor:
     """Zero the ignored tokens, weigh the others, and reduce; an empty mean is 0."""
-    weight = torch.ones_like(loss) if row_weight is None else torch.as_tensor(row_weight).to(loss.dtype).expand(loss.shape)
+    weight = (
+        torch.ones_like(loss)
+        if row_weight is None
+        else torch.as_tensor(row_weight).to(loss.dtype).expand(loss.shape)
+    )
     weight = torch.where(valid, weight, 0.0)
     loss = weight * torch.where(valid, loss, 0.0)
     if reduction == "none":

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 _PIECE = 2**22
 
 
@@ -46,7 +45,7 @@ class TargetTile(NamedTuple):
 
 @dataclass(frozen=True)
 class Target:
-    """The target of every row; at most one kind is set. Row i of `dense`, `topk_*` belongs to row i - shift."""
+    """The target of every row; at most one kind is set. Row i of dense and topk_* belongs to row i - shift."""
 
     index: Tensor | None = None  # [N] int64, already shifted
     dense: Tensor | None = None  # [N, V]
@@ -113,7 +112,9 @@ class TargetChunk:
         return TargetTile(self.index, dense, self.topk_index, self.topk_prob)
 
 
-def smoothed_square(target: Tensor | TopKTarget, vocab_size: int, label_smoothing: float, dtype: torch.dtype) -> Tensor:
+def smoothed_square(
+    target: Tensor | TopKTarget, vocab_size: int, label_smoothing: float, dtype: torch.dtype
+) -> Tensor:
     """|b|^2 of each token's smoothed target, (...). ``probs`` of ignored entries must be 0 already."""
     if isinstance(target, TopKTarget):
         probs = target.probs.to(dtype)

@@ -33,7 +33,11 @@ class TokenTarget:
 
 
 def flatten_target(
-    target: Tensor | TopKTarget | None, tokens: torch.Size, ignore_index: int, shift: int, device: torch.device
+    target: Tensor | TopKTarget | None,
+    tokens: torch.Size,
+    ignore_index: int,
+    shift: int,
+    device: torch.device,
 ) -> TokenTarget:
     """Rows of a checked target. Index targets are shifted here, wide ones row by row as they are used."""
     index = dense = topk_index = topk_prob = valid = None
@@ -62,7 +66,12 @@ def flatten_target(
 
 
 def target_square(
-    target: Tensor | TopKTarget, vocab_size: int, ignore_index: int, shift: int, label_smoothing: float, dtype: torch.dtype
+    target: Tensor | TopKTarget,
+    vocab_size: int,
+    ignore_index: int,
+    shift: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """|b|^2 of each row's smoothed target, [N]."""
     if isinstance(target, TopKTarget):
@@ -78,7 +87,13 @@ def _shifted(values: Tensor, shift: int, fill: float) -> Tensor:
     return torch.cat([values[..., shift:], tail], dim=-1)
 
 
-def flatten_rows(value: Tensor | float, tokens: torch.Size, valid: Tensor | None, like: Tensor, dtype: torch.dtype):
+def flatten_rows(
+    value: Tensor | float,
+    tokens: torch.Size,
+    valid: Tensor | None,
+    like: Tensor,
+    dtype: torch.dtype,
+):
     """A number or per-token tensor as [N]. Rows that do not count get 0, and no gradient flows from them."""
     if not isinstance(value, Tensor):
         value = torch.tensor(value, dtype=dtype, device=like.device)
@@ -96,7 +111,13 @@ def flatten_arg(arg: Tensor, tokens: torch.Size, valid: Tensor | None) -> Tensor
 
 
 def row_scale(
-    valid: Tensor | None, row_weight: Tensor | None, reduction: str, normalizer, tokens, like: Tensor, dtype
+    valid: Tensor | None,
+    row_weight: Tensor | None,
+    reduction: str,
+    normalizer,
+    tokens,
+    like: Tensor,
+    dtype,
 ) -> Tensor:
     """What each row's loss is multiplied by before the sum, [N]; differentiable in row_weight."""
     scale = flatten_rows(1.0 if row_weight is None else row_weight, tokens, valid, like, dtype)

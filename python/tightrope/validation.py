@@ -31,7 +31,9 @@ def tensor(name: str, value: object, dtypes: Sequence[torch.dtype] = FLOATING) -
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor ({_names(dtypes)})")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: got dtype {str(value.dtype).removeprefix('torch.')}, expected one of {_names(dtypes)}")
+        raise TypeError(
+            f"{name}: got dtype {str(value.dtype).removeprefix('torch.')}, expected one of {_names(dtypes)}"
+        )
     if value.layout != torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}, expected a dense (strided) tensor")
     return value
@@ -73,7 +75,9 @@ def flag(name: str, value: object, allowed: Sequence[bool | None]) -> None:
 def same_device(reference: str, expected: torch.device, **others: Tensor | None) -> None:
     for name, t in others.items():
         if t is not None and t.device != expected:
-            raise ValueError(f"{name}: got a tensor on {t.device}, expected {expected}, the device of {reference}")
+            raise ValueError(
+                f"{name}: got a tensor on {t.device}, expected {expected}, the device of {reference}"
+            )
 
 
 def head(input: object, weight: object, bias: object) -> None:
@@ -92,7 +96,9 @@ def head(input: object, weight: object, bias: object) -> None:
     if bias is not None:
         tensor("bias", bias)
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: got shape {list(bias.shape)}, expected [{weight.shape[0]}], the V of weight")
+            raise ValueError(
+                f"bias: got shape {list(bias.shape)}, expected [{weight.shape[0]}], the V of weight"
+            )
     same_device("input", input.device, weight=weight, bias=bias)
 
 
@@ -113,10 +119,14 @@ def target(value: object, tokens: torch.Size, vocab_size: int, device: torch.dev
     distribution = value.is_floating_point()
     shape = (*tokens, vocab_size) if distribution else tuple(tokens)
     if value.shape != shape:
-        kind = "a floating-point target is a distribution over V" if distribution else "one class index a token"
+        kind = (
+            "a floating-point target is a distribution over V" if distribution else "one class index a token"
+        )
         raise ValueError(f"target: got shape {list(value.shape)}, expected {list(shape)} ({kind})")
     if value.requires_grad:
-        raise ValueError("target: got a tensor that requires grad, expected one that does not; use target.detach()")
+        raise ValueError(
+            "target: got a tensor that requires grad, expected one that does not; use target.detach()"
+        )
     same_device(owner, device, target=value)
 
 
@@ -128,7 +138,9 @@ def _topk(value: TopKTarget, tokens: torch.Size, device: torch.device, owner: st
             f"target.indices: got shape {list(indices.shape)}, expected {[*tokens, 'K']} with K of at least 1"
         )
     if probs.shape != indices.shape:
-        raise ValueError(f"target.probs: got shape {list(probs.shape)}, expected {list(indices.shape)}, that of indices")
+        raise ValueError(
+            f"target.probs: got shape {list(probs.shape)}, expected {list(indices.shape)}, that of indices"
+        )
     if probs.requires_grad:
         raise ValueError("target.probs: got a tensor that requires grad, expected one that does not")
     same_device(owner, device, **{"target.indices": indices, "target.probs": probs})
@@ -141,12 +153,16 @@ def per_token(name: str, value: object, tokens: torch.Size, device: torch.device
     if value.dim() > len(tokens) or any(
         have not in (1, want) for have, want in zip(reversed(value.shape), reversed(tokens))
     ):
-        raise ValueError(f"{name}: got shape {list(value.shape)}, expected one that broadcasts to {list(tokens)}")
+        raise ValueError(
+            f"{name}: got shape {list(value.shape)}, expected one that broadcasts to {list(tokens)}"
+        )
 
 
 def loss_function(loss_fn: object, row_args: object, tokens: torch.Size, device: torch.device) -> None:
     if not callable(loss_fn):
-        raise TypeError(f"loss_fn: got {type(loss_fn).__name__}, expected a callable (stats, *row_args) -> Tensor")
+        raise TypeError(
+            f"loss_fn: got {type(loss_fn).__name__}, expected a callable (stats, *row_args) -> Tensor"
+        )
     if not isinstance(row_args, (tuple, list)):
         raise TypeError(f"row_args: got {type(row_args).__name__}, expected a tuple of tensors")
     for i, arg in enumerate(row_args):
@@ -174,7 +190,9 @@ def normalizer(value: object, device: torch.device) -> None:
         return
     tensor("normalizer", value, (*FLOATING, *INTEGER))
     if value.dim() != 0:
-        raise ValueError(f"normalizer: got shape {list(value.shape)}, expected a number or a 0-dimensional tensor")
+        raise ValueError(
+            f"normalizer: got shape {list(value.shape)}, expected a number or a 0-dimensional tensor"
+        )
     if value.requires_grad:
         raise ValueError("normalizer: got a tensor that requires grad, expected one that does not")
 
@@ -191,7 +209,9 @@ def transform(logit_scale: object, softcap: object) -> None:
         number("softcap", softcap, low=0.0, above=True)
 
 
-def loss_terms(reality: object, creativity: object, label_smoothing: object, z_loss: object, logit_l2: object) -> None:
+def loss_terms(
+    reality: object, creativity: object, label_smoothing: object, z_loss: object, logit_l2: object
+) -> None:
     choice("reality", reality, REALITY)
     choice("creativity", creativity, CREATIVITY)
     number("label_smoothing", label_smoothing, low=0.0, high=1.0)

@@ -42,7 +42,11 @@ def _transform(raw: Tensor, bias: Tensor | None, logit_scale: float, softcap: fl
 
 
 def _sparse_target(
-    z: Tensor, offset: int, index: Tensor | None, topk_index: Tensor | None, topk_prob: Tensor | None
+    z: Tensor,
+    offset: int,
+    index: Tensor | None,
+    topk_index: Tensor | None,
+    topk_prob: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Columns [R, K] of the sparse targets that fall in this tile, and their mass (0 where they do not)."""
     indices = index.unsqueeze(-1) if topk_index is None else topk_index
@@ -52,7 +56,18 @@ def _sparse_target(
 
 
 def row_stats(
-    logits, partial, argmax, offset, index, dense, topk_index, topk_prob, bias, active, logit_scale, softcap
+    logits,
+    partial,
+    argmax,
+    offset,
+    index,
+    dense,
+    topk_index,
+    topk_prob,
+    bias,
+    active,
+    logit_scale,
+    softcap,
 ) -> None:
     """Merge the statistics of a tile of logits into partial and argmax; see the top of this file."""
     if logits.shape[-1] == 0:
@@ -94,7 +109,19 @@ def row_stats(
 
 
 def row_grad(
-    logits, out, norm, coef, offset, index, dense, topk_index, topk_prob, bias, active, logit_scale, softcap
+    logits,
+    out,
+    norm,
+    coef,
+    offset,
+    index,
+    dense,
+    topk_index,
+    topk_prob,
+    bias,
+    active,
+    logit_scale,
+    softcap,
 ) -> None:
     """Write dloss/dlogits of a tile to out; see the top of this file."""
     z = _transform(logits, bias, logit_scale, softcap)

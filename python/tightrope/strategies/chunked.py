@@ -45,7 +45,9 @@ class ChunkedResult:
     args: tuple[Tensor | None, ...]  # [N, ...] each
 
 
-def loss_and_gradients(problem: LinearProblem, upstream: Upstream, needs: Needs, workspace: int) -> ChunkedResult:
+def loss_and_gradients(
+    problem: LinearProblem, upstream: Upstream, needs: Needs, workspace: int
+) -> ChunkedResult:
     """The loss of every row and the gradients of their weighted sum, in one sweep over the rows.
 
     workspace: bytes for a chunk's logits.
@@ -53,7 +55,9 @@ def loss_and_gradients(problem: LinearProblem, upstream: Upstream, needs: Needs,
     dtype, device = problem.dtype, problem.input.device
     rows, vocab_size = problem.rows, problem.vocab_size
     summary, argmax = problem.empty_summary()
-    result = ChunkedResult(torch.zeros(rows.total, dtype=dtype, device=device), summary, argmax, None, None, None, ())
+    result = ChunkedResult(
+        torch.zeros(rows.total, dtype=dtype, device=device), summary, argmax, None, None, None, ()
+    )
     if needs.input:
         # Rows that are gathered out keep the zeros.
         make = torch.empty if rows.kept is None else torch.zeros
@@ -94,7 +98,9 @@ def _forward(problem, upstream, chunk, logits, hidden, result) -> tuple[Tensor, 
     result.summary[:, chunk.where] = summary
     result.argmax[chunk.where] = argmax
     if not result.args:
-        result.args = tuple(None if a is None else a.new_zeros(result.row_loss.shape + a.shape[1:]) for a in args)
+        result.args = tuple(
+            None if a is None else a.new_zeros(result.row_loss.shape + a.shape[1:]) for a in args
+        )
     for whole, part in zip(result.args, args):
         if part is not None:
             if chunk.active is not None:

@@ -1,4 +1,4 @@
-"""The driver for logits that exist already: rows go by in chunks, and the only new memory is their gradient."""
+"""The driver for logits that exist already: rows go by in chunks, and only their gradient is new memory."""
 
 from __future__ import annotations
 

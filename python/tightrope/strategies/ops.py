@@ -39,9 +39,21 @@ def no_autocast(device: torch.device):
 
 
 def linear_problem(
-    input, weight, bias, index, dense_target, topk_index, topk_prob, valid, shift, logit_scale, softcap, skip, backend
+    input,
+    weight,
+    bias,
+    index,
+    dense_target,
+    topk_index,
+    topk_prob,
+    valid,
+    shift,
+    logit_scale,
+    softcap,
+    skip,
+    backend,
 ) -> LinearProblem:
-    """The arguments of the linear operators as one object. Raises IndexError for a class that is not there."""
+    """The arguments of the linear operators as one object. Raises IndexError for a class out of range."""
     target = Target(index, dense_target, topk_index, topk_prob, shift)
     target.check_range(valid, weight.shape[0])
     return LinearProblem(
@@ -102,7 +114,18 @@ def _linear_stats_backward_fake(summary, coef, need_input, need_weight, need_bia
 
 
 def _linear_loss(
-    row_scale, balance, square, reality, creativity, label_smoothing, z_loss, logit_l2, need_input, need_weight, need_bias, *linear
+    row_scale,
+    balance,
+    square,
+    reality,
+    creativity,
+    label_smoothing,
+    z_loss,
+    logit_l2,
+    need_input,
+    need_weight,
+    need_bias,
+    *linear,
 ):
     """The whole chunk loop of the built-in losses.
 
@@ -114,13 +137,17 @@ def _linear_loss(
     family = RealityCreativity(problem.vocab_size, reality, creativity, label_smoothing, z_loss, logit_l2)
     needs = Needs(need_input, need_weight, need_bias)
     with no_autocast(problem.input.device):
-        result = chunked.loss_and_gradients(problem, _upstream(family, row_scale, balance, square), needs, workspace)
+        result = chunked.loss_and_gradients(
+            problem, _upstream(family, row_scale, balance, square), needs, workspace
+        )
     grads = _given((result.input, result.weight, result.bias), problem.input)
     to_balance = result.args[0] if result.args else torch.zeros_like(row_scale)
     return result.row_loss, result.summary, result.argmax, *grads, to_balance
 
 
-def _upstream(family: RealityCreativity, row_scale: Tensor, balance: Tensor, square: Tensor | None) -> Upstream:
+def _upstream(
+    family: RealityCreativity, row_scale: Tensor, balance: Tensor, square: Tensor | None
+) -> Upstream:
     """The built-in losses, as the chunk loop wants them."""
 
     def upstream(stats, chunk):
@@ -132,7 +159,18 @@ def _upstream(family: RealityCreativity, row_scale: Tensor, balance: Tensor, squ
 
 
 def _linear_loss_fake(
-    row_scale, balance, square, reality, creativity, label_smoothing, z_loss, logit_l2, need_input, need_weight, need_bias, *linear
+    row_scale,
+    balance,
+    square,
+    reality,
+    creativity,
+    label_smoothing,
+    z_loss,
+    logit_l2,
+    need_input,
+    need_weight,
+    need_bias,
+    *linear,
 ):
     input, weight, bias = linear[:3]
     dtype = arithmetic_dtype(input, weight, bias)

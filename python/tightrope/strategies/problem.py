@@ -117,7 +117,7 @@ class LinearProblem(_Scored):
         return plan.spans(self.vocab_size, plan.TILE, multiple=16)
 
     def hidden(self, chunk: Chunk) -> Tensor:
-        """The chunk's hidden states [size, D]. Rows that do not count are zero: a NaN in them goes nowhere."""
+        """The chunk's hidden states [size, D]; zeros where a row does not count, so that no NaN in it leaks."""
         hidden = self.input[chunk.where].to(self.dtype)
         return hidden if chunk.active is None else hidden.masked_fill(~chunk.active.unsqueeze(-1), 0.0)
 
@@ -128,7 +128,9 @@ class LinearProblem(_Scored):
     def head_bias(self, start: int, stop: int) -> Tensor | None:
         return None if self.bias is None else self.bias[start:stop].to(self.dtype).contiguous()
 
-    def row_stats(self, raw: Tensor, partial: Tensor, argmax: Tensor, chunk: Chunk, tile: tuple[int, int]) -> None:
+    def row_stats(
+        self, raw: Tensor, partial: Tensor, argmax: Tensor, chunk: Chunk, tile: tuple[int, int]
+    ) -> None:
         self.backend.row_stats(raw, partial, argmax, tile[0], *self._tail(chunk, tile))
 
     def row_grad(self, raw: Tensor, norm: Tensor, coef: Tensor, chunk: Chunk, tile: tuple[int, int]) -> None:
@@ -137,12 +139,18 @@ class LinearProblem(_Scored):
 
     def _tail(self, chunk: Chunk, tile: tuple[int, int]) -> tuple:
         t = self.transform
-        return (*chunk.target.tile(*tile), self.head_bias(*tile), chunk.active, t.logit_scale, t.softcap)
+        return (
+            *chunk.target.tile(*tile),
+            self.head_bias(*tile),
+            chunk.active,
+            t.logit_scale,
+            t.softcap,
+        )
 
 
 @dataclass(frozen=True)
 class LogitsProblem(_Scored):
-    """Logits [N, V] and a target for each row. Ignored rows are masked, which without a GEMM costs nothing."""
+    """Logits [N, V] and a target for each row. Ignored rows are masked: without a GEMM that costs nothing."""
 
     logits: Tensor
     target: Target

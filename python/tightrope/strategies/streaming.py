@@ -49,9 +49,13 @@ def gradients(
     """Gradients of input [N, D], weight [V, D] and bias [V] from the coefficients [7, N] of every row."""
     dtype, rows = problem.dtype, problem.rows
     blocks, elements = _blocks(problem, workspace)
-    weight_grad = torch.empty_like(problem.weight, memory_format=torch.contiguous_format) if needs.weight else None
+    weight_grad = (
+        torch.empty_like(problem.weight, memory_format=torch.contiguous_format) if needs.weight else None
+    )
     bias_grad = torch.zeros_like(problem.bias) if needs.bias else None
-    hidden_sum = problem.input.new_zeros((rows.count, problem.input.shape[1]), dtype=dtype) if needs.input else None
+    hidden_sum = (
+        problem.input.new_zeros((rows.count, problem.input.shape[1]), dtype=dtype) if needs.input else None
+    )
     chunks = [rows.chunk(start, stop, problem.target, dtype) for start, stop in blocks]
     norms = [summary[:2, chunk.where].contiguous() for chunk in chunks]
     coefs = [coef[:, chunk.where].contiguous() for chunk in chunks]

@@ -1,0 +1,162 @@
+"""The ``tightrope`` command.
+
+This file knows the options and how a command ends: 0, 2 with one line on stderr for what a person can
+put right, or 130 after Ctrl-C. The work is in the other files, one role each, which are imported when
+they are needed so that ``--help`` and ``info`` stay quick and run without the ``train`` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .errors import UserError
+
+DEFAULT_MODES = ("precise=0", "balanced=0.2", "creative=0.35")
+TRAIN_EXTRA = ("transformers", "accelerate", "gguf", "matplotlib", "psutil", "rich")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line: the usage is a `--help` away."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _number(kind: type, accepts: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+        return value
+
+    return parse
+
+
+_count = _number(int, lambda x: x >= 1, "a whole number from 1")
+_seed = _number(int, lambda x: 0 <= x < 2**63, "a whole number from 0")
+_rate = _number(float, lambda x: 0 < x < math.inf, "a positive number")
+_share = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+
+
+def _mode(text: str) -> tuple[str, float]:
+    """``NAME=VALUE`` or ``VALUE`` as a mode's name and balance."""
+    name, equals, value = text.rpartition("=")
+    if equals and not name.strip():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=VALUE or VALUE")
+    return name.strip() or f"balance {value}", _share(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="tightrope",
+        description="Train language models on a balance of reality (match the data) and creativity "
+        "(keep the predictions open).",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    info = commands.add_parser(
+        "info", help="what is built, and which backend serves which device", description=""
+    )
+    info.set_defaults(run=_info)
+
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a language model in several modes from one start, and compare them",
+        description="Fine-tunes the last blocks and the head of a language model once per mode, from the "
+        "same start, and compares the modes on held-out text. A mode is a balance b in the loss "
+        "(1 - b) * reality + b * creativity: 0 only matches the data, higher keeps the predictions "
+        "more open. Without options: SmolLM2-135M on the King James text, in the modes "
+        + ", ".join(DEFAULT_MODES)
+        + ".",
+        epilog="Written to the output folder: steps.csv, every step of every mode; samples.md, sampled "
+        "continuations; summary.csv, cost.csv and summary.md, the comparison; tradeoff.png, its picture. "
+        "Files of these names are replaced. Ctrl-C leaves what was written.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+    )
+    what = train.add_argument_group("what to train on")
+    what.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (King James)")
+    what.add_argument(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="model in a folder: of transformers, or with one .gguf file (SmolLM2-135M-Instruct)",
+    )
+    what.add_argument("--out", type=Path, metavar="FOLDER", default=Path("runs"), help="(%(default)s)")
+    loss = train.add_argument_group("the loss")
+    loss.add_argument(
+        "--balance",
+        type=_mode,
+        action="append",
+        metavar="[NAME=]VALUE",
+        help="a mode, its balance from 0 to 1; repeat for several (" + " ".join(DEFAULT_MODES) + ")",
+    )
+    loss.add_argument(
+        "--reality",
+        choices=["cross_entropy", "squared_error"],
+        default="cross_entropy",
+        help="the reality term (%(default)s)",
+    )
+    loss.add_argument(
+        "--creativity",
+        choices=["entropy", "collision"],
+        default="entropy",
+        help="the creativity term (%(default)s)",
+    )
+    how = train.add_argument_group("how to train")
+    for option, parse, default, text in (
+        ("--steps", _count, 30, "optimizer steps of each mode"),
+        ("--batch-size", _count, 4, "sequences in a step"),
+        ("--sequence-length", _number(int, lambda x: x >= 2, "a whole number from 2"), 128, "tokens"),
+        ("--blocks", _count, 2, "last transformer blocks to train; those below stay frozen"),
+        ("--learning-rate", _rate, 3e-4, "peak rate of AdamW, after warmup"),
+        ("--seed", _seed, 0, "fixes the batches and the samples"),
+    ):
+        how.add_argument(option, type=parse, default=default, metavar="N", help=f"{text} (%(default)s)")
+    train.set_defaults(run=_train)
+    return parser
+
+
+def _info(args: argparse.Namespace) -> None:
+    from .info import print_info
+
+    print_info()
+
+
+def _train(args: argparse.Namespace) -> None:
+    modes = args.balance or [_mode(text) for text in DEFAULT_MODES]
+    names = [name for name, _ in modes]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError(f"--balance: {', '.join(repeated)} is given more than once")
+    missing = [name for name in TRAIN_EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"`train` needs {', '.join(missing)}, not installed here: pip install 'tightrope[train]'"
+        )
+    from .job import Options, run
+
+    options = {k: v for k, v in vars(args).items() if k not in ("command", "run", "balance")}
+    run(Options(modes=dict(modes), **options))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line ``arguments`` (default: the process's) and returns the exit code."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"tightrope: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        place = f"; what was written is in {args.out}" if "out" in args else ""
+        print(f"tightrope: interrupted{place}", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,157 @@
+"""What a run leaves behind: tables that grow line by line, samples, and the picture of the trade-off.
+
+Lines are flushed as they are written, so that a run that is cut short leaves files that read well.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from rich import box
+from rich.table import Table
+
+from .errors import UserError
+from .probe import Cost
+from .sample import NEW_TOKENS, PROMPTS, SAMPLES
+
+FILES = ("steps.csv", "samples.md", "summary.csv", "cost.csv", "summary.md", "tradeoff.png")
+
+
+class Row(NamedTuple):
+    """One mode in the summary; the untrained model has no balance and no step."""
+
+    mode: str
+    balance: float | None
+    cross_entropy: float
+    entropy: float
+    distinct_1: float
+    distinct_2: float
+    step_seconds: float | None
+
+
+def open_folder(folder: Path) -> None:
+    """Makes the output folder, and removes what an earlier run left there: no mix of two runs."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
+
+
+class CsvLog:
+    """A CSV file, each line flushed. Floats keep all their digits."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self._file: IO[str] = path.open("w", newline="", encoding="utf-8")
+        self._writer = csv.writer(self._file)
+        self.write(columns)
+
+    def write(self, values: Sequence[object]) -> None:
+        self._writer.writerow(values)
+        self._file.flush()
+
+    def __enter__(self) -> CsvLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    with CsvLog(path, columns) as log:
+        for row in rows:
+            log.write(row)
+
+
+def append_samples(path: Path, mode: str, texts: Sequence[str]) -> None:
+    """Adds the continuations of one mode, `SAMPLES` of each prompt in order."""
+    with path.open("a", encoding="utf-8") as file:
+        if file.tell() == 0:
+            file.write(
+                f"# Sampled continuations\n\nTemperature 1, nothing cut off, {NEW_TOKENS} tokens each.\n"
+            )
+        file.write(f"\n## {mode}\n")
+        for index, text in enumerate(texts):
+            if index % SAMPLES == 0:
+                file.write(f"\n**{PROMPTS[index // SAMPLES]}** ...\n\n")
+            file.write(f"- {' '.join(text.split())}\n")
+
+
+def summary_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Header and lines of the comparison of the modes."""
+    header = "mode, balance, cross-entropy, entropy, distinct-1, distinct-2, step (s)".split(", ")
+    return [header] + [
+        [
+            row.mode,
+            "" if row.balance is None else f"{row.balance:g}",
+            f"{row.cross_entropy:.3f}",
+            f"{row.entropy:.3f}",
+            f"{row.distinct_1:.3f}",
+            f"{row.distinct_2:.3f}",
+            "" if row.step_seconds is None else f"{row.step_seconds:.2f}",
+        ]
+        for row in rows
+    ]
+
+
+def write_summary(folder: Path, rows: Sequence[Row], costs: Sequence[Cost], tokens: int) -> list[Table]:
+    """Writes summary.md and tradeoff.png, and returns the tables to print."""
+    tables = {
+        "Held-out text (nats a token), distinct n-grams of the samples": summary_table(rows),
+        f"The loss of {tokens} tokens, forward and backward": cost_table(costs),
+    }
+    text = "# Reality against creativity\n"
+    for title, lines in tables.items():
+        text += f"\n## {title}\n\n{markdown_table(lines)}\n"
+    (folder / "summary.md").write_text(text, encoding="utf-8")
+    draw_tradeoff(folder / "tradeoff.png", rows)
+    return [rich_table(lines, title) for title, lines in tables.items()]
+
+
+def cost_table(costs: Sequence[Cost]) -> list[list[str]]:
+    """Header and lines of the comparison of the loss with eager PyTorch."""
+    lines = [[c.implementation, f"{c.loss:.6f}", f"{c.seconds:.2f}", f"{c.peak_mb:.0f}"] for c in costs]
+    return [["implementation", "value", "time (s)", "peak memory (MB)"], *lines]
+
+
+def rich_table(lines: list[list[str]], title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    for index, name in enumerate(lines[0]):
+        table.add_column(name, justify="right" if index else "left")
+    for line in lines[1:]:
+        table.add_row(*line)
+    return table
+
+
+def markdown_table(lines: list[list[str]]) -> str:
+    header, *rest = lines
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rest])
+
+
+def draw_tradeoff(path: Path, rows: Sequence[Row]) -> None:
+    """Held-out reality against creativity, one point a mode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    for row in rows:
+        trained = row.balance is not None
+        label = f"{row.mode} (balance {row.balance:g})" if trained else row.mode
+        axes.plot(row.entropy, row.cross_entropy, "o" if trained else "s", markersize=9)
+        axes.annotate(label, (row.entropy, row.cross_entropy), textcoords="offset points", xytext=(8, 6))
+    trained_rows = sorted((r for r in rows if r.balance is not None), key=lambda r: r.balance)
+    axes.plot([r.entropy for r in trained_rows], [r.cross_entropy for r in trained_rows], ":", color="grey")
+    axes.margins(x=0.25, y=0.15)
+    axes.set_xlabel("creativity: held-out entropy (nats), more open to the right")
+    axes.set_ylabel("reality: held-out cross-entropy (nats), truer below")
+    axes.set_title("Reality against creativity")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,44 @@
+"""Sampled continuations, and how varied they are."""
+
+from __future__ import annotations
+
+import torch
+
+PROMPTS = (
+    "In the beginning",
+    "And the king said unto his servants,",
+    "The river of the city",
+    "A computer is a machine that",
+)
+SAMPLES = 4  # per prompt
+NEW_TOKENS = 40
+
+
+@torch.no_grad()
+def sample(model, tokenizer, seed: int) -> list[list[int]]:
+    """Token ids of `SAMPLES` continuations of each of `PROMPTS`, in order, drawn from the model's own
+    distribution (temperature 1, nothing cut off). All have `NEW_TOKENS` tokens, none of them the end."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    prompts = [prompt for prompt in PROMPTS for _ in range(SAMPLES)]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    torch.manual_seed(seed)
+    output = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=NEW_TOKENS,
+        max_new_tokens=NEW_TOKENS,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return output[:, batch["input_ids"].shape[1] :].tolist()
+
+
+def distinct(continuations: list[list[int]], n: int) -> float:
+    """Distinct n-grams of tokens over all n-grams of the continuations, from 0 to 1."""
+    grams = [tuple(ids[i : i + n]) for ids in continuations for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams)
