@@ -61,8 +61,18 @@ def extensions() -> dict:
             CppExtension(
                 f"tightrope._C_{name}",
                 [f"csrc/cpu/ext_{name}.cpp"],
-                depends=["csrc/row_math.h", "csrc/cpu/rows.h", "csrc/cpu/extension.h"],
-                extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", *threads, *flags],
+                depends=[
+                    "csrc/row_math.h",
+                    *(f"csrc/cpu/{h}.h" for h in ("common", "rows", "columns", "extension")),
+                ],
+                extra_compile_args=[
+                    "-O3",
+                    "-std=c++20",
+                    "-fvisibility=hidden",
+                    "-Wno-unknown-pragmas",
+                    *threads,
+                    *flags,
+                ],
             )
         )
     return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExtension}}

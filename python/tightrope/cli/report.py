@@ -83,7 +83,7 @@ def append_samples(path: Path, mode: str, texts: Sequence[str]) -> None:
 
 def summary_table(rows: Sequence[Row]) -> list[list[str]]:
     """Header and lines of the comparison of the modes."""
-    header = "mode, balance, cross-entropy, entropy, distinct-1, distinct-2, step (s)".split(", ")
+    header = ["mode", "balance", "cross-entropy", "entropy", "distinct-1", "distinct-2", "step (s)"]
     return [header] + [
         [
             row.mode,

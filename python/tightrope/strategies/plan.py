@@ -10,10 +10,12 @@ from __future__ import annotations
 TILE = 1024
 # Rows that share one pass over a tile in the streaming strategy.
 STREAMING_ROWS = 1024
+# Rows of a chunk come in whole vectors of the widest instruction set, two at a time.
+ROW_MULTIPLE = 32
 # Below this many rows a chunk, reading and writing all of dW for each chunk costs more than the streaming
 # strategy's fourth GEMM.
 MIN_CHUNK_ROWS = 32
-DEFAULT_WORKSPACE_MB = 64.0
+DEFAULT_WORKSPACE_MB = 80.0
 
 
 def workspace_bytes(workspace_mb: float | None) -> int:

@@ -17,6 +17,7 @@ from ..backends import Backend
 from ..statistics import SUMMARY, empty_partial, summarise
 from ..targets import Target, TargetChunk
 from . import plan
+from .gemm import multiply
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,14 @@ class LinearProblem(_Scored):
     def head_bias(self, start: int, stop: int) -> Tensor | None:
         return None if self.bias is None else self.bias[start:stop].to(self.dtype).contiguous()
 
+    def raw_logits(self, hidden: Tensor, head: Tensor, memory: Tensor) -> Tensor:
+        """``hidden @ head.T`` [n, T] in the first n * T elements of flat memory."""
+        rows, entries = hidden.shape[0], head.shape[0]
+        if memory.device.type == "cpu":
+            # Transposed, this GEMM is 5 to 25 % faster with MKL; the row kernels take either layout.
+            return multiply(head, hidden.t(), memory[: rows * entries].view(entries, rows)).t()
+        return multiply(hidden, head.t(), memory[: rows * entries].view(rows, entries))
+
     def row_stats(
         self, raw: Tensor, partial: Tensor, argmax: Tensor, chunk: Chunk, tile: tuple[int, int]
     ) -> None:
@@ -150,7 +159,7 @@ class LinearProblem(_Scored):
 
 @dataclass(frozen=True)
 class LogitsProblem(_Scored):
-    """Logits [N, V] and a target for each row. Ignored rows are masked: without a GEMM that costs nothing."""
+    """Logits [N, V] and a target for each row. Ignored rows are masked, which costs no GEMM."""
 
     logits: Tensor
     target: Target
