@@ -60,12 +60,13 @@ def targets(draw, lead, vocab, dtype, seed):
 
 @st.composite
 def per_token(draw, lead, seed):
-    """A tensor of [0, 1) of the tokens' shape, or one that broadcasts to it."""
+    """Numbers in [1/4, 1) in the tokens' shape, or in one that broadcasts to it."""
     shape = lead
     if draw(st.booleans()):
         shape = tuple(n if draw(st.booleans()) else 1 for n in lead)
         shape = shape[draw(st.integers(0, len(shape))) :]
-    return rand(*shape, seed=seed, dtype=draw(st.sampled_from([torch.float32, torch.float64])))
+    values = rand(*shape, seed=seed, dtype=draw(st.sampled_from([torch.float32, torch.float64])))
+    return 0.25 + 0.75 * values
 
 
 @st.composite

@@ -118,7 +118,7 @@ class LinearProblem(_Scored):
         return plan.spans(self.vocab_size, plan.TILE, multiple=16)
 
     def hidden(self, chunk: Chunk) -> Tensor:
-        """The chunk's hidden states [size, D]; zeros where a row does not count, so that no NaN in it leaks."""
+        """The chunk's hidden states [size, D]; zeros where a row does not count: no NaN leaks from it."""
         hidden = self.input[chunk.where].to(self.dtype)
         return hidden if chunk.active is None else hidden.masked_fill(~chunk.active.unsqueeze(-1), 0.0)
 
