@@ -26,6 +26,9 @@ INSTRUCTION_SETS = {
     ],
 }
 
+# What PyTorch's and gcc 12's own headers warn of: unknown pragmas, undefined AVX512 registers.
+QUIET = ["-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+
 
 def fail(missing: str, remedy: str) -> None:
     sys.exit(
@@ -69,7 +72,7 @@ def extensions() -> dict:
                     "-O3",
                     "-std=c++20",
                     "-fvisibility=hidden",
-                    "-Wno-unknown-pragmas",
+                    *QUIET,
                     *threads,
                     *flags,
                 ],

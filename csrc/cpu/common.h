@@ -76,11 +76,11 @@ struct Targets {
 template <class T>
 struct Sums {
   using Vec = Vectorized<T>;
-  Vec exp{T(0)}, exp_shift{T(0)}, exp_square{T(0)}, shift{T(0)}, square{T(0)};
+  Vec exp{T(0)}, exp_shift{T(0)}, exp_square{T(0)}, shift{T(0)}, square{T(0)}, plain{T(0)};
   Vec target_shift{T(0)}, target_exp{T(0)}, target_mass{T(0)};
 
-  // One entry in each lane: z is what its square counts as, `counted` what its shift counts as, and
-  // d its shift as an exponent; they differ only in lanes past the end of a row. Gives e^d.
+  // One entry in each lane: z is what it and its square count as, `counted` what its shift counts
+  // as, and d its shift as an exponent; they differ only in lanes past the end of a row. Gives e^d.
   Vec add(Vec z, Vec counted, Vec d) {
     const Vec e = d.exp();
     exp = exp + e;
@@ -88,6 +88,7 @@ struct Sums {
     exp_square = at::vec::fmadd(e, e, exp_square);
     shift = shift + counted;
     square = at::vec::fmadd(z, z, square);
+    plain = plain + z;
     return e;
   }
 
@@ -111,15 +112,15 @@ struct Sums {
 template <class T>
 Partial<T> load_partial(const T* partial, int64_t rows, int64_t i) {
   const auto field = [&](int f) { return partial[f * rows + i]; };
-  return {field(0), field(1), field(2), field(3), field(4),
-          field(5), field(6), field(7), field(8), field(9)};
+  return {field(0), field(1), field(2), field(3), field(4), field(5),
+          field(6), field(7), field(8), field(9), field(10)};
 }
 
 template <class T>
 void store_partial(const Partial<T>& p, T* partial, int64_t rows, int64_t i) {
   const T fields[kPartialFields] = {p.max,          p.sum_exp,    p.sum_exp_shift, p.sum_exp_square,
                                     p.target_shift, p.target_exp, p.target_mass,   p.shift_sum,
-                                    p.square_sum,   p.count};
+                                    p.square_sum,   p.count,      p.logit_sum};
   for (int f = 0; f < kPartialFields; ++f) partial[f * rows + i] = fields[f];
 }
 
