@@ -119,7 +119,9 @@ def cost_table(costs: Sequence[Cost]) -> list[list[str]]:
 
 
 def rich_table(lines: list[list[str]], title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+    )
     for index, name in enumerate(lines[0]):
         table.add_column(name, justify="right" if index else "left")
     for line in lines[1:]:

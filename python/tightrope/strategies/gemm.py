@@ -16,7 +16,7 @@ from torch import Tensor
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
     """``out = a @ b``, or ``out += a @ b``, for a [m, k], b [k, n], out [m, n]; out is not read otherwise."""
-    if a.device.type == "cpu" and a.dtype == torch.float32 and _prefers_onednn():
+    if a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and _prefers_onednn():
         # What torch.compile calls for a linear layer: x [m, k] and weight [n, k] -> x @ weight.T.
         product = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
         return out.add_(product) if accumulate else out.copy_(product)
