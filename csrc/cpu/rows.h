@@ -98,40 +98,34 @@ Partial<T> block_statistics(const T* z, int64_t n, T max, const T* dense) {
   constexpr int64_t kLanes = Vec::size();
   const Vec zero(T(0)), lowest(-std::numeric_limits<T>::infinity());
   const Vec shift(origin(max)), log_zero(static_cast<T>(kLogZero));
-  Vec sum_exp(T(0)), sum_exp_shift(T(0)), sum_exp_square(T(0)), shift_sum(T(0)), square_sum(T(0));
-  Vec target_shift(T(0)), target_exp(T(0)), target_mass(T(0));
+  Partial<Vec> sums{lowest, zero, zero, zero, zero, zero, zero, zero, zero, zero};
   for (int64_t j = 0; j < n; j += kLanes) {
     const int64_t lanes = std::min(kLanes, n - j);
     Vec v = Vec::loadu(z + j, lanes);  // lanes past the end read 0
-    square_sum = at::vec::fmadd(v, v, square_sum);
     Vec d = v - shift;
     if (lanes == kLanes) {
-      shift_sum = shift_sum + d;
+      sums.shift_sum = sums.shift_sum + d;
     } else {
-      shift_sum = shift_sum + Vec::set(zero, d, lanes);
+      sums.shift_sum = sums.shift_sum + Vec::set(zero, d, lanes);
       d = Vec::set(lowest, d, lanes);
     }
     const Vec e = d.exp();
-    sum_exp = sum_exp + e;
-    sum_exp_shift = at::vec::fmadd(e, at::vec::maximum(d, log_zero), sum_exp_shift);
-    sum_exp_square = at::vec::fmadd(e, e, sum_exp_square);
+    add_entry(sums, v, d, e, log_zero);
     if (dense != nullptr) {
       const Vec b = Vec::loadu(dense + j, lanes);
-      target_shift = at::vec::fmadd(b, Vec::blendv(d, zero, b == zero), target_shift);
-      target_exp = at::vec::fmadd(b, e, target_exp);
-      target_mass = target_mass + b;
+      add_target(sums, b, Vec::blendv(d, zero, b == zero), e);
     }
   }
   Partial<T> out;
   out.max = max;
-  out.sum_exp = horizontal_sum(sum_exp);
-  out.sum_exp_shift = horizontal_sum(sum_exp_shift);
-  out.sum_exp_square = horizontal_sum(sum_exp_square);
-  out.target_shift = horizontal_sum(target_shift);
-  out.target_exp = horizontal_sum(target_exp);
-  out.target_mass = horizontal_sum(target_mass);
-  out.shift_sum = horizontal_sum(shift_sum);
-  out.square_sum = horizontal_sum(square_sum);
+  out.sum_exp = horizontal_sum(sums.sum_exp);
+  out.sum_exp_shift = horizontal_sum(sums.sum_exp_shift);
+  out.sum_exp_square = horizontal_sum(sums.sum_exp_square);
+  out.target_shift = horizontal_sum(sums.target_shift);
+  out.target_exp = horizontal_sum(sums.target_exp);
+  out.target_mass = horizontal_sum(sums.target_mass);
+  out.shift_sum = horizontal_sum(sums.shift_sum);
+  out.square_sum = horizontal_sum(sums.square_sum);
   out.count = static_cast<T>(n);
   return out;
 }
@@ -170,9 +164,7 @@ void row_stats(
         Partial<T> block = block_statistics(z, n, max, dense);
         targets.for_sparse(i, offset + first, n, [&](int64_t column, T mass) {
           const T d = z[column] - origin(max);
-          block.target_shift += mass * d;
-          block.target_exp += mass * std::exp(d);
-          block.target_mass += mass;
+          add_target(block, mass, d, T(std::exp(d)));
         });
         if (best < 0 || max > row.max || (max != max && row.max == row.max)) {
           best = offset + first + first_maximum(z, n, max);
@@ -222,7 +214,7 @@ void row_grad(
         for (int64_t j = 0; j < n; j += kLanes) {
           const int64_t lanes = std::min(kLanes, n - j);
           const Vec v = Vec::loadu(z + j, lanes);
-          const Vec log_p = (v - Vec(max)) - Vec(log_sum);
+          const Vec log_p = log_probability(v, Vec(max), Vec(log_sum));
           const Vec p = log_p.exp();
           Vec grad = prob_gradient(p, at::vec::maximum(log_p, log_zero), vc);
           if (dense != nullptr) grad = grad + target_gradient(Vec::loadu(dense + j, lanes), p, vc);
@@ -232,7 +224,7 @@ void row_grad(
           grad.store(g + j, lanes);
         }
         targets.for_sparse(i, offset + first, n, [&](int64_t column, T mass) {
-          const T p = std::exp((z[column] - max) - log_sum);
+          const T p = std::exp(log_probability(z[column], max, log_sum));
           g[column] += target_gradient(mass, p, c);
         });
         if (transform.logit_scale != T(1) || transform.softcap != T(0)) {
