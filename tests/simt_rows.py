@@ -57,7 +57,7 @@ class Call(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("out_stride", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("norm", "coef", "upstream", "partial", "argmax")),
-        *((name, ctypes.c_int64) for name in ("read", "written", "runs", "kept")),
+        *((name, ctypes.c_int64) for name in ("read", "written", "runs", "kept", "shared")),
     )
 
 
@@ -115,3 +115,12 @@ class Simt:
     def row_loss_grad(self, logits, out, partial, argmax, upstream, *tail) -> None:
         tensors = {"out": out, "partial": partial, "argmax": argmax, "upstream": upstream}
         self._run("row_loss_grad", logits, (0, *tail), **tensors)
+
+    def plan_loss(self, dtype: torch.dtype, rows: int, cols: int, sparse: int) -> Call:
+        """The plan of row_loss_grad: runs (blocks of a cluster), kept (vectors), shared (bytes a block)."""
+        names = ("sms", "shared_per_sm", "shared_per_block", "clusters")
+        call = Call(dtype=DTYPES.index(dtype), rows=rows, cols=cols, topk=sparse)
+        for name in names:
+            setattr(call, name, getattr(self, name))
+        library().simt_plan_loss(ctypes.byref(call))
+        return call

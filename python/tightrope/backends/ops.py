@@ -8,8 +8,8 @@ partial [10, R] and argmax [R] are merged into; index [R] int64 and topk_index [
 start of the vocabulary; dense [R, T], topk_prob [R, K], bias [T]; active [R] bool: other rows are not read,
 keep their statistics and get zero gradients; norm [2, R] (max, log_sum) and coef [7, R] of whole rows;
 out [R, T], which may be the logits. row_loss_grad takes whole rows: with upstream [11, R] (`RowUpstream`) it
-writes partial, argmax and out in one go; rows that are not active keep their statistics. Arithmetic is float32, float64 for float64 logits; all but logits and
-out have that dtype.
+writes partial, argmax and out in one go; rows that are not active keep their statistics. Arithmetic is
+float32, float64 for float64 logits; all but logits and out have that dtype.
 """
 
 from __future__ import annotations
