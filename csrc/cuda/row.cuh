@@ -1,7 +1,7 @@
 // What the row kernels share: their arguments, the sweep over a run of one row, and the reduction
 // of statistics over a warp and a block.
 //
-// A thread reads four 16-byte vectors at a time, finds their maximum, moves its own sums to it
+// A thread reads several 16-byte vectors at a time, finds their maximum, moves its own sums to it
 // where it is a new one, and adds the entries. So a logit is read once, sums are always relative to
 // a maximum that is at least every entry in them, and the costly part (rebasing, finding the
 // argmax) runs once in 64 bytes at most. The reduction finds the maximum first, rebases each thread
@@ -16,8 +16,9 @@ namespace tightrope::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr unsigned kNowhere = 0xffffffffu;
-// Vectors that a thread has in flight at a time.
-constexpr int kUnroll = 4;
+// Vectors that a thread has in flight at a time. In float64, four would not fit 128 registers.
+template <class scalar_t>
+constexpr int kAheadOf = sizeof(scalar_t) == 8 ? 2 : 4;
 // Instances that hold to 64 registers, for twice the threads an SM: see Occupancy beside each
 // kernel.
 template <class scalar_t, bool kPlain>

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kStatsThreads, kLean<scalar_t, kPlain> ? 4 : 2
   }
   stage_sparse<kPlain>(a, row, begin, end, staged);
   Part<T> part =
-      sweep<kPlain, kUnroll>(a, start, begin, span, dense, edge, [](int, const Vector&) {});
+      sweep<kPlain, kAheadOf<scalar_t>>(a, start, begin, span, dense, edge, [](int, const Vector&) {});
   part = block_reduce(part, !kPlain && dense != nullptr, warps);
   if (threadIdx.x >= kWarp) return;
   add_sparse(a, row, staged, part.sums);
