@@ -75,7 +75,9 @@ class Case:
         self.logits, self.buffer = placed(hostile(how, vocab, dtype, seed), gap, lead)
         self.bias = randn(vocab, seed=seed + 2, dtype=self.wide) if transform.pop("bias", None) else None
         self.scale, self.softcap = transform.get("logit_scale", 1.0), transform.get("softcap")
-        index = torch.full((ROWS,), vocab // 2) if how == "masked" else class_indices((ROWS,), vocab, seed=seed)
+        index = (
+            torch.full((ROWS,), vocab // 2) if how == "masked" else class_indices((ROWS,), vocab, seed=seed)
+        )
         self.index = self.dense = self.topk_index = self.topk_prob = None
         if kind == "index":
             self.index = index
@@ -95,7 +97,9 @@ class Case:
 
     def tail(self, dtype=None, offset=(0,)):
         """What follows the tensors of a kernel's own; in float64 for an oracle."""
-        moved = [t if t is None or dtype is None or t.dtype == torch.int64 else t.to(dtype) for t in self.target]
+        moved = [
+            t if t is None or dtype is None or t.dtype == torch.int64 else t.to(dtype) for t in self.target
+        ]
         bias = self.bias if self.bias is None or dtype is None else self.bias.to(dtype)
         return (*offset, *moved, bias, self.active, self.scale, self.softcap)
 
@@ -350,7 +354,9 @@ def test_a_missing_barrier_shows(kernel, barriers):
     for number in range(barriers):
         orders = [bits(skip_barrier=number, seed=seed) for seed in range(6)]
         assert not all(torch.equal(right, x) for x in orders), f"barrier {number} of {kernel} is not missed"
-    assert torch.equal(right, bits(skip_barrier=barriers)), "the kernel has more barriers than this test knows"
+    assert torch.equal(right, bits(skip_barrier=barriers)), (
+        "the kernel has more barriers than this test knows"
+    )
 
 
 @pytest.mark.parametrize("how", [0, 1, 2])
@@ -426,7 +432,9 @@ def test_under_sanitizers(tmp_path):
     done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "kernels ran" in done.stdout
-    planted = subprocess.run([program, "overrun"], env=environment, capture_output=True, text=True, timeout=60)
+    planted = subprocess.run(
+        [program, "overrun"], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert planted.returncode != 0
     assert "heap-buffer-overflow" in planted.stderr
 

@@ -174,9 +174,9 @@ __global__ void __launch_bounds__(kGradThreads, kLean<scalar_t, kPlain> ? 4 : 2)
       Coefficients<T>{value(0), value(1), value(2), value(3), value(4), value(5), value(6)}};
   if (a.sparse() > 0) __syncthreads();  // staged before another thread writes
   const scalar_t* body = start + span.head;
-  write_gradients<kPlain, kAheadOf<scalar_t>>(a, form, begin, span, dense, edge, out_row + begin, [&](int v) {
-    return load_vector(body + int64_t(v) * kPer);
-  });
+  write_gradients<kPlain, kAheadOf<scalar_t>>(
+      a, form, begin, span, dense, edge, out_row + begin,
+      [&](int v) { return load_vector(body + int64_t(v) * kPer); });
   if (a.sparse() == 0) return;
   __syncthreads();  // after the other entries
   write_sparse<kPlain>(a, form, row, staged, out_row);

@@ -21,7 +21,8 @@
 namespace tightrope::cuda {
 
 // Vectors in flight. With four, the instances for 16-bit logits spill on sm_80.
-constexpr int kLossAhead = 3;
+template <class scalar_t>
+constexpr int kLossAheadOf = sizeof(scalar_t) == 8 ? 2 : 3;
 
 template <class T>
 struct LossShared {
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kLossThreads, kLean<scalar_t, kPlain> ? 2 : 1)
   }
   stage_sparse<kPlain>(a, row, begin, end, staged);
   Part<T> part =
-      sweep<kPlain, kLossAhead>(a, start, begin, span, dense, edge, [=](int v, const Vector& raw) {
+      sweep<kPlain, kLossAheadOf<scalar_t>>(a, start, begin, span, dense, edge, [=](int v, const Vector& raw) {
         if (v < kept) store[v] = raw;
       });
   part = block_reduce(part, !kPlain && dense != nullptr, shared->warps);

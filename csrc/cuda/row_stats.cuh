@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(kStatsThreads, kLean<scalar_t, kPlain> ? 4 : 2
     edge = load_one(start + span.edge_column(threadIdx.x));
   }
   stage_sparse<kPlain>(a, row, begin, end, staged);
-  Part<T> part =
-      sweep<kPlain, kAheadOf<scalar_t>>(a, start, begin, span, dense, edge, [](int, const Vector&) {});
+  Part<T> part = sweep<kPlain, kAheadOf<scalar_t>>(
+      a, start, begin, span, dense, edge, [](int, const Vector&) {});
   part = block_reduce(part, !kPlain && dense != nullptr, warps);
   if (threadIdx.x >= kWarp) return;
   add_sparse(a, row, staged, part.sums);

@@ -59,7 +59,8 @@ template <class scalar_t>
 LossPlan loss_plan(Call& c) {
   const Device device{int(c.sms), int(c.shared_per_sm), int(c.shared_per_block), c.clusters != 0};
   const int sparse = c.index != nullptr ? 1 : static_cast<int>(c.topk);
-  LossPlan plan = plan_loss<scalar_t>(c.rows, int(c.cols), loss_fixed_bytes<scalar_t>(sparse), device);
+  LossPlan plan =
+      plan_loss<scalar_t>(c.rows, int(c.cols), loss_fixed_bytes<scalar_t>(sparse), device);
   c.runs = plan.runs.count;
   c.kept = plan.kept;
   c.shared = plan.shared;
@@ -119,10 +120,17 @@ extern "C" void simt_run(int kernel, Call* call) {
 
 extern "C" void simt_plan_loss(Call* call) {
   switch (call->dtype) {
-    case 0: loss_plan<bf16>(*call); break;
-    case 1: loss_plan<fp16>(*call); break;
-    case 2: loss_plan<float>(*call); break;
-    default: loss_plan<double>(*call);
+    case 0:
+      loss_plan<bf16>(*call);
+      break;
+    case 1:
+      loss_plan<fp16>(*call);
+      break;
+    case 2:
+      loss_plan<float>(*call);
+      break;
+    default:
+      loss_plan<double>(*call);
   }
 }
 
@@ -150,7 +158,8 @@ struct Buffer {
     for (int64_t i = 0; i < n; ++i) {
       const double x = double(i * 7919 % 1009) / 256 - 2;
       if constexpr (sizeof(U) == 2) {
-        data[i] = static_cast<U>(i * 7919 % 0x3c00);  // positive and finite, as bfloat16 and as float16
+        data[i] =
+            static_cast<U>(i * 7919 % 0x3c00);  // positive and finite, as bfloat16 and as float16
       } else {
         data[i] = static_cast<U>(x);
       }
@@ -203,7 +212,8 @@ int exercise(int dtype, bool overrun) {
         c.active = reinterpret_cast<bool*>(active.data);
         const int kind = (variant + kernel) % 4;
         if (kind == 1) c.index = index.data;
-        if (kind == 2) c.dense = dense.data, c.dense_stride = cols, c.bias = bias.data, c.softcap = 5;
+        if (kind == 2)
+          c.dense = dense.data, c.dense_stride = cols, c.bias = bias.data, c.softcap = 5;
         if (kind == 3) c.topk_index = topk.data, c.topk_prob = prob.data, c.topk = kTopk;
         simt_run(kernel, &c);
         ++runs;
