@@ -76,19 +76,14 @@ def cuda_extensions() -> list:
             )
         print(f"tightrope: building without the CUDA extension: {lack[0]}")
         return []
-    import torch
     from torch.utils.cpp_extension import CUDAExtension
 
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-    # Headers of libraries that torch's CUDA headers name but a toolkit may lack come with torch's wheels.
-    wheels = Path(torch.__file__).parents[1] / "nvidia"
-    include = [str(path) for path in wheels.glob("cu*/include")]
     return [
         CUDAExtension(
             "tightrope._C_cuda",
             ["csrc/cuda/bindings.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))],
             depends=["csrc/row_math.h", *glob.glob("csrc/cuda/*.h"), *glob.glob("csrc/cuda/*.cuh")],
-            include_dirs=include,
             define_macros=[("TIGHTROPE_CUDA_ARCHITECTURES", f'"{architectures}"')],
             extra_compile_args={
                 "cxx": ["-O3", "-std=c++20", "-fvisibility=hidden"],
