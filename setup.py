@@ -47,18 +47,22 @@ def fail(missing: str, remedy: str) -> None:
 def missing_for_cuda() -> tuple[str, str] | None:
     """What the CUDA extension lacks, and the remedy; None where it can be built."""
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
+    from torch.utils import cpp_extension
 
     if torch.version.cuda is None:
         return (
             f"torch {torch.__version__} is not a CUDA build",
             f"Install a CUDA build of torch {torch.__version__.partition('+')[0]}.",
         )
-    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+    # torch takes the folder above the nvcc on the path, which need not be the toolkit: nvcc may be a script.
+    homes = [home for home in (cpp_extension.CUDA_HOME, "/usr/local/cuda") if home]
+    found = [home for home in homes if (Path(home) / "include" / "cuda_runtime.h").exists()]
+    if not found:
         return (
-            "nvcc is not on the path",
+            f"no CUDA toolkit in {' or '.join(homes)}",
             f"Install the CUDA {torch.version.cuda} toolkit, or point CUDA_HOME at it.",
         )
+    cpp_extension.CUDA_HOME = found[0]
     return None
 
 
@@ -120,8 +124,18 @@ def extensions() -> dict:
             CppExtension(
                 f"tightrope._C_{name}",
                 [f"csrc/cpu/ext_{name}.cpp"],
-                depends=["csrc/row_math.h", "csrc/cpu/rows.h", "csrc/cpu/extension.h"],
-                extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", *threads, *flags],
+                depends=[
+                    "csrc/row_math.h",
+                    *(f"csrc/cpu/{h}.h" for h in ("common", "rows", "columns", "extension")),
+                ],
+                extra_compile_args=[
+                    "-O3",
+                    "-std=c++20",
+                    "-fvisibility=hidden",
+                    "-Wno-unknown-pragmas",
+                    *threads,
+                    *flags,
+                ],
             )
         )
     modules += cuda_extensions()

@@ -88,7 +88,7 @@ def linear_reality_creativity_loss(
         skip_ignored: False puts ignored tokens through the GEMMs, masked, so that on a GPU the host need not
             learn how many are left. Default: skip them wherever that is possible.
         return_stats: also return the detached :class:`RowStats` of every token.
-        workspace_mb: budget of the scratch memory for logits, in MiB; default 64.
+        workspace_mb: budget of the scratch memory for logits, in MiB; default 72.
         backend: ``"cpu"`` (C++), ``"eager"`` (PyTorch), or None: the best for the device.
         strategy: ``"chunked"`` (three GEMMs; gradients are made in the forward pass), ``"streaming"`` (four,
             and memory for one tile of logits), or None: chunked where the workspace holds chunks of good

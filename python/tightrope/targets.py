@@ -45,7 +45,7 @@ class TargetTile(NamedTuple):
 
 @dataclass(frozen=True)
 class Target:
-    """The target of every row; at most one kind is set. Row i of dense and topk_* belongs to row i - shift."""
+    """The target of every row, of one kind at most. Row i of dense and topk_* belongs to row i - shift."""
 
     index: Tensor | None = None  # [N] int64, already shifted
     dense: Tensor | None = None  # [N, V]

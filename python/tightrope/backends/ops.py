@@ -3,13 +3,13 @@
 Schemas live here, not in C++, so that the operators exist without the extension; the extension adds a
 faster implementation for its device. A profiler shows them as ``tightrope::row_stats`` and ``row_grad``.
 
-Shapes: logits [R, T] (a tile: entries offset .. offset + T of the vocabulary; unit stride along it);
-partial [10, R] and argmax [R] are merged into; index [R] int64 and topk_index [R, K] int64 count from the
-start of the vocabulary; dense [R, T], topk_prob [R, K], bias [T]; active [R] bool: other rows are not read,
-keep their statistics and get zero gradients; norm [2, R] (max, log_sum) and coef [7, R] of whole rows;
-out [R, T], which may be the logits. row_loss_grad takes whole rows: with upstream [11, R] (`RowUpstream`) it
-writes partial, argmax and out in one go; rows that are not active keep their statistics. Arithmetic is
-float32, float64 for float64 logits; all but logits and out have that dtype.
+Shapes: logits [R, T] (a tile: entries offset .. offset + T of the vocabulary, adjacent along either
+dimension; the CUDA kernels take logits whose entries are adjacent); partial [10, R] and argmax [R] are merged
+into; index [R] int64 and topk_index [R, K] int64 count from the start of the vocabulary; dense [R, T],
+topk_prob [R, K], bias [T]; active [R] bool: other rows keep their statistics and get zero gradients; norm
+[2, R] (max, log_sum) and coef [7, R] of whole rows; out [R, T], laid out as the logits are, which it may be.
+row_loss_grad takes whole rows: with upstream [11, R] (`RowUpstream`) it writes partial, argmax and out in one
+go. Arithmetic is float32, float64 for float64 logits; all but logits and out have that dtype.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..coefficients import row_coefficients
 from ..statistics import RowStats, StatGrads, row_stats
 from . import plan
+from .gemm import multiply
 from .problem import Chunk, LinearProblem
 from .workspace import borrow
 
@@ -68,14 +69,13 @@ def loss_and_gradients(
         result.bias = torch.zeros(vocab_size, dtype=dtype, device=device)
 
     size = plan.chunk_rows(rows.count, vocab_size, dtype.itemsize, workspace)
-    chunks = plan.spans(rows.count, size)
+    chunks = plan.spans(rows.count, size, plan.ROW_MULTIPLE)
     size = max((stop - start for start, stop in chunks), default=0)
     with borrow(size * vocab_size, dtype, device) as flat:
         for start, stop in chunks:
             chunk = rows.chunk(start, stop, problem.target, dtype)
-            logits = flat[: chunk.size * vocab_size].view(chunk.size, vocab_size)
             hidden = problem.hidden(chunk)
-            norm, grads = _forward(problem, upstream, chunk, logits, hidden, result)
+            logits, norm, grads = _forward(problem, upstream, chunk, flat, hidden, result)
             coef = row_coefficients(norm, grads, vocab_size)
             _backward(problem, chunk, logits, hidden, norm[:2].contiguous(), coef, result)
     if needs.weight and not chunks:
@@ -83,13 +83,17 @@ def loss_and_gradients(
     return result
 
 
-def _forward(problem, upstream, chunk, logits, hidden, result) -> tuple[Tensor, StatGrads]:
-    """Fill the workspace with the chunk's logits; record statistics and loss; give summary and upstream."""
+def _forward(problem, upstream, chunk, flat, hidden, result) -> tuple[list[Tensor], Tensor, StatGrads]:
+    """Fill the workspace with the chunk's logits; record statistics and loss.
+
+    Gives the logits of each tile, the summary, and the upstream gradients of the statistics.
+    """
+    logits = []
     partial, argmax = problem.new_partial(chunk.size)
     for tile in problem.tiles:
-        raw = logits[:, tile[0] : tile[1]]
-        torch.mm(hidden, problem.head(*tile).t(), out=raw)
+        raw = problem.raw_logits(hidden, problem.head(*tile), flat[chunk.size * tile[0] :])
         problem.row_stats(raw, partial, argmax, chunk, tile)
+        logits.append(raw)
     summary = problem.summarise(partial, chunk)
     row_loss, grads, args = upstream(row_stats(summary, argmax), chunk)
     if chunk.active is not None:
@@ -106,7 +110,7 @@ def _forward(problem, upstream, chunk, logits, hidden, result) -> tuple[Tensor, 
             if chunk.active is not None:
                 part = part.masked_fill(~chunk.active.view(-1, *(1,) * (part.dim() - 1)), 0.0)
             whole[chunk.where] = part
-    return summary, grads
+    return logits, summary, grads
 
 
 def _backward(problem, chunk, logits, hidden, norm, coef, result) -> None:
@@ -115,15 +119,12 @@ def _backward(problem, chunk, logits, hidden, norm, coef, result) -> None:
     first = chunk.start == 0
     if result.input is not None:
         hidden_grad = result.input[chunk.where] if in_place else torch.empty_like(hidden)
-    for tile in problem.tiles:
-        raw = logits[:, tile[0] : tile[1]]
+    for tile, raw in zip(problem.tiles, logits):
         problem.row_grad(raw, norm, coef, chunk, tile)
-        # With beta = 0 a GEMM overwrites its output without reading it.
         if result.input is not None:
-            torch.addmm(hidden_grad, raw, problem.head(*tile), beta=int(tile[0] > 0), out=hidden_grad)
+            multiply(raw, problem.head(*tile), hidden_grad, accumulate=tile[0] > 0)
         if result.weight is not None:
-            part = result.weight[tile[0] : tile[1]]
-            torch.addmm(part, raw.t(), hidden, beta=int(not first), out=part)
+            multiply(raw.t(), hidden, result.weight[tile[0] : tile[1]], accumulate=not first)
         if result.bias is not None:
             result.bias[tile[0] : tile[1]] += raw.sum(0)
     if result.input is not None and not in_place:

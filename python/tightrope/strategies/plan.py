@@ -10,10 +10,12 @@ from __future__ import annotations
 TILE = 1024
 # Rows that share one pass over a tile in the streaming strategy.
 STREAMING_ROWS = 1024
+# Rows of a chunk come in whole vectors of the widest instruction set, two at a time.
+ROW_MULTIPLE = 32
 # Below this many rows a chunk, reading and writing all of dW for each chunk costs more than the streaming
 # strategy's fourth GEMM.
 MIN_CHUNK_ROWS = 32
-DEFAULT_WORKSPACE_MB = 64.0
+DEFAULT_WORKSPACE_MB = 72.0
 
 
 def workspace_bytes(workspace_mb: float | None) -> int:
@@ -21,11 +23,12 @@ def workspace_bytes(workspace_mb: float | None) -> int:
 
 
 def spans(total: int, most: int, multiple: int = 1) -> list[tuple[int, int]]:
-    """Cut ``range(total)`` into the fewest spans of at most ``most``, as even as ``multiple`` allows."""
+    """Cut ``range(total)`` into the fewest spans of at most ``most``, even, and of a multiple where it fits."""
     if total == 0:
         return []
-    count = -(-total // max(most, 1))
-    size = min(-(-total // (count * multiple)) * multiple, max(most, 1))
+    most = max(most - most % multiple, 1) if most >= multiple else max(most, 1)
+    even = -(-total // -(-total // most))
+    size = min(-(-even // multiple) * multiple, most)
     return [(start, min(start + size, total)) for start in range(0, total, size)]
 
 

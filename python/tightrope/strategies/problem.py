@@ -17,6 +17,7 @@ from ..backends import Backend
 from ..statistics import SUMMARY, empty_partial, summarise
 from ..targets import Target, TargetChunk
 from . import plan
+from .gemm import multiply
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class LinearProblem(_Scored):
         return plan.spans(self.vocab_size, plan.TILE, multiple=16)
 
     def hidden(self, chunk: Chunk) -> Tensor:
-        """The chunk's hidden states [size, D]; zeros where a row does not count, so that no NaN in it leaks."""
+        """The chunk's hidden states [size, D]; zeros where a row does not count: no NaN leaks from it."""
         hidden = self.input[chunk.where].to(self.dtype)
         return hidden if chunk.active is None else hidden.masked_fill(~chunk.active.unsqueeze(-1), 0.0)
 
@@ -127,6 +128,14 @@ class LinearProblem(_Scored):
 
     def head_bias(self, start: int, stop: int) -> Tensor | None:
         return None if self.bias is None else self.bias[start:stop].to(self.dtype).contiguous()
+
+    def raw_logits(self, hidden: Tensor, head: Tensor, memory: Tensor) -> Tensor:
+        """``hidden @ head.T`` [n, T] in the first n * T elements of flat memory."""
+        rows, entries = hidden.shape[0], head.shape[0]
+        if memory.device.type == "cpu":
+            # Transposed, this GEMM is 5 to 25 % faster with MKL; the row kernels take either layout.
+            return multiply(head, hidden.t(), memory[: rows * entries].view(entries, rows)).t()
+        return multiply(hidden, head.t(), memory[: rows * entries].view(rows, entries))
 
     def row_stats(
         self, raw: Tensor, partial: Tensor, argmax: Tensor, chunk: Chunk, tile: tuple[int, int]
@@ -150,7 +159,7 @@ class LinearProblem(_Scored):
 
 @dataclass(frozen=True)
 class LogitsProblem(_Scored):
-    """Logits [N, V] and a target for each row. Ignored rows are masked: without a GEMM that costs nothing."""
+    """Logits [N, V] and a target for each row. Ignored rows are masked, which costs no GEMM."""
 
     logits: Tensor
     target: Target

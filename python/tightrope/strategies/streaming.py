@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import plan
 from .chunked import Needs
+from .gemm import multiply
 from .problem import LinearProblem
 from .workspace import borrow
 
@@ -21,7 +22,7 @@ def _blocks(problem: LinearProblem, workspace: int) -> tuple[list[tuple[int, int
     """Blocks of rows whose tile of logits fits the workspace, and the elements of the largest."""
     width = max((stop - start for start, stop in problem.tiles), default=0)
     rows = plan.chunk_rows(problem.rows.count, max(width, 1), problem.dtype.itemsize, workspace)
-    blocks = plan.spans(problem.rows.count, min(rows, plan.STREAMING_ROWS))
+    blocks = plan.spans(problem.rows.count, min(rows, plan.STREAMING_ROWS), plan.ROW_MULTIPLE)
     return blocks, max((stop - start for start, stop in blocks), default=0) * width
 
 
@@ -35,8 +36,7 @@ def statistics(problem: LinearProblem, workspace: int) -> tuple[Tensor, Tensor]:
             hidden = problem.hidden(chunk)
             partial, best = problem.new_partial(chunk.size)
             for tile in problem.tiles:
-                raw = flat[: chunk.size * (tile[1] - tile[0])].view(chunk.size, -1)
-                torch.mm(hidden, problem.head(*tile).t(), out=raw)
+                raw = problem.raw_logits(hidden, problem.head(*tile), flat)
                 problem.row_stats(raw, partial, best, chunk, tile)
             summary[:, chunk.where] = problem.summarise(partial, chunk)
             argmax[chunk.where] = best
@@ -66,13 +66,12 @@ def gradients(
             bias_sum = head.new_zeros(head.shape[0])
             for chunk, (start, stop), norm, block_coef in zip(chunks, blocks, norms, coefs):
                 hidden = problem.hidden(chunk)
-                raw = flat[: chunk.size * head.shape[0]].view(chunk.size, -1)
-                torch.mm(hidden, head.t(), out=raw)
+                raw = problem.raw_logits(hidden, head, flat)
                 problem.row_grad(raw, norm, block_coef, chunk, tile)
                 if hidden_sum is not None:
-                    hidden_sum[start:stop].addmm_(raw, head)
+                    multiply(raw, head, hidden_sum[start:stop], accumulate=tile[0] > 0)
                 if weight_sum is not None:
-                    weight_sum.addmm_(raw.t(), hidden)
+                    multiply(raw.t(), hidden, weight_sum, accumulate=start > 0)
                 if needs.bias:
                     bias_sum += raw.sum(0)
             if weight_grad is not None:
