@@ -150,7 +150,7 @@ void succeed(int error) {
 
 // Runs f<scalar_t of the kernels>() for the dtype of the logits, on their device.
 template <class F>
-void dispatch(const Tensor& logits, const char* name, F f) {
+void dispatch(const Tensor& logits, F f) {
   TORCH_CHECK_VALUE(
       logits.dim() == 2, "logits have ", logits.dim(), " dimensions, expected 2: rows, entries");
   TORCH_CHECK_VALUE(
@@ -158,7 +158,7 @@ void dispatch(const Tensor& logits, const char* name, F f) {
       " between entries, expected 1");
   if (logits.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(logits.device());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), name, [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "tightrope", [&] {
     f.template operator()<typename StorageOf<scalar_t>::type>();
   });
 }
@@ -170,7 +170,7 @@ void row_stats_op(
     double logit_scale, std::optional<double> softcap) {
   const Shared shared{logits,    offset, index,  dense,       topk_index,
                       topk_prob, bias,   active, logit_scale, softcap};
-  dispatch(logits, "tightrope::row_stats", [&]<class scalar_t>() {
+  dispatch(logits, [&]<class scalar_t>() {
     using T = Arithmetic<scalar_t>;
     const RowArgs<scalar_t> args = shared.args<scalar_t>();
     check(
@@ -198,7 +198,7 @@ void row_grad_op(
   const Shared shared{logits,    offset, index,  dense,       topk_index,
                       topk_prob, bias,   active, logit_scale, softcap};
   check_matrix(out, "out", logits.scalar_type(), logits);
-  dispatch(logits, "tightrope::row_grad", [&]<class scalar_t>() {
+  dispatch(logits, [&]<class scalar_t>() {
     using T = Arithmetic<scalar_t>;
     constexpr auto type = c10::CppTypeToScalarType<T>::value;
     const RowArgs<scalar_t> args = shared.args<scalar_t>();
@@ -219,7 +219,7 @@ void row_loss_grad_op(
   const Shared shared{logits,    0,    index,  dense,       topk_index,
                       topk_prob, bias, active, logit_scale, softcap};
   check_matrix(out, "out", logits.scalar_type(), logits);
-  dispatch(logits, "tightrope::row_loss_grad", [&]<class scalar_t>() {
+  dispatch(logits, [&]<class scalar_t>() {
     using T = Arithmetic<scalar_t>;
     constexpr auto type = c10::CppTypeToScalarType<T>::value;
     const RowArgs<scalar_t> args = shared.args<scalar_t>();
