@@ -18,15 +18,16 @@ from tempfile import mkdtemp
 import torch
 from torch import Tensor
 
+from row_cases import DTYPES
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "tests" / "simt" / "rows_host.cpp"
 FLAGS = ["-std=c++20", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 KERNELS = ("row_stats", "row_grad", "row_loss_grad")
 
 
 def compiler() -> str | None:
-    """A g++ that has coroutine-free C++20 with std::source_location, or None."""
+    """A g++, or None."""
     return shutil.which("g++")
 
 
