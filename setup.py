@@ -32,8 +32,7 @@ INSTRUCTION_SETS = {
 }
 
 
-# A100, H100, B200, RTX 50. The 9.0a instance is for H100 alone; 9.0 features that it adds are not needed,
-# but code for it is what torch's own builds carry.
+# A100 and what else runs code for 8.0, H100, B200, RTX 50; PTX for what comes after.
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0;12.0+PTX"
 
 

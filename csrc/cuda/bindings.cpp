@@ -16,8 +16,9 @@
 #include <torch/library.h>
 
 #include <limits>
+#include <mutex>
 #include <optional>
-#include <vector>
+#include <unordered_map>
 
 #include "rows.h"
 
@@ -41,23 +42,25 @@ struct StorageOf<at::Half> {
   using type = fp16;
 };
 
-const Device& device_of(int index) {
-  static std::vector<std::optional<Device>> known(64);
-  TORCH_CHECK(index >= 0 && index < 64, "device ", index, " is out of range");
-  // Threads that race here write the same values.
-  if (!known[index].has_value()) {
-    const auto attribute = [index](cudaDeviceAttr which) {
-      int value = 0;
-      C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index));
-      return value;
-    };
-    known[index] = Device{
-        attribute(cudaDevAttrMultiProcessorCount),
-        attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-        attribute(cudaDevAttrComputeCapabilityMajor) >= 9};
-  }
-  return *known[index];
+// The current device, which must be `index`.
+Device device_of(int index) {
+  static std::mutex mutex;
+  static std::unordered_map<int, Device> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(index);
+  if (found != known.end()) return found->second;
+  const auto attribute = [index](cudaDeviceAttr which) {
+    int value = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index));
+    return value;
+  };
+  const bool clusters =
+      attribute(cudaDevAttrComputeCapabilityMajor) >= 9 && loss_has_clusters<bf16>();
+  const Device device{
+      attribute(cudaDevAttrMultiProcessorCount),
+      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), clusters};
+  return known.emplace(index, device).first->second;
 }
 
 void check(

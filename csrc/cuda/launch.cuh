@@ -82,6 +82,17 @@ int loss_fixed_bytes(int sparse) {
 }
 
 template <class scalar_t>
+bool loss_has_clusters() {
+#if defined(TIGHTROPE_SIMT)
+  return true;
+#else
+  cudaFuncAttributes attributes{};
+  const auto kernel = row_loss_grad_kernel<scalar_t, true>;
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+#endif
+}
+
+template <class scalar_t>
 int row_loss_grad(
     const RowArgs<scalar_t>& args, scalar_t* out, int64_t out_stride, Arithmetic<scalar_t>* partial,
     int64_t* argmax, const Arithmetic<scalar_t>* upstream, const LossPlan& plan,
@@ -105,6 +116,7 @@ int row_loss_grad(
       const RowArgs<scalar_t>&, scalar_t*, int64_t, const Arithmetic<scalar_t>*,                   \
       const Arithmetic<scalar_t>*, const Runs&, CUstream_st*);                                     \
   template int loss_fixed_bytes<scalar_t>(int);                                                    \
+  template bool loss_has_clusters<scalar_t>();                                                     \
   template int row_loss_grad<scalar_t>(                                                            \
       const RowArgs<scalar_t>&, scalar_t*, int64_t, Arithmetic<scalar_t>*, int64_t*,               \
       const Arithmetic<scalar_t>*, const LossPlan&, CUstream_st*);                                 \

@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kLossThreads, kLean<scalar_t, kPlain> ? 2 : 1)
     edge = load_one(start + span.edge_column(threadIdx.x));
   }
   stage_sparse<kPlain>(a, row, begin, end, staged);
-  Part<T> part =
-      sweep<kPlain, kLossAheadOf<scalar_t>>(a, start, begin, span, dense, edge, [=](int v, const Vector& raw) {
+  Part<T> part = sweep<kPlain, kLossAheadOf<scalar_t>>(
+      a, start, begin, span, dense, edge, [=](int v, const Vector& raw) {
         if (v < kept) store[v] = raw;
       });
   part = block_reduce(part, !kPlain && dense != nullptr, shared->warps);

@@ -89,7 +89,7 @@ struct Device {
   int sms;
   int shared_per_sm;     // bytes
   int shared_per_block;  // bytes, at most, after opting in
-  bool clusters;         // compute capability 9.0 on
+  bool clusters;         // compute capability 9.0 on, and code made for it
 };
 
 struct Runs {
@@ -178,6 +178,11 @@ int row_grad(
 // Bytes of shared memory of row_loss_grad beside the vectors that it keeps.
 template <class scalar_t>
 int loss_fixed_bytes(int sparse);
+
+// Whether the code that the current device runs was made for clusters: a build for 8.0 that a newer
+// GPU translates was not, whatever the GPU can do.
+template <class scalar_t>
+bool loss_has_clusters();
 
 // upstream [kUpstreamFields, rows]; partial [kPartialFields, rows] and argmax [rows] are written.
 template <class scalar_t>

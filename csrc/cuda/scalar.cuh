@@ -11,6 +11,10 @@
 
 #define TIGHTROPE_DEVICE __device__ __forceinline__
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#  error "Tightrope's CUDA kernels need compute capability 8.0 or later: see TORCH_CUDA_ARCH_LIST"
+#endif
+
 namespace tightrope::cuda {
 
 template <class To, class From>
