@@ -31,6 +31,9 @@ INSTRUCTION_SETS = {
     ],
 }
 
+# What PyTorch's and gcc 12's own headers warn of: unknown pragmas, undefined AVX512 registers.
+QUIET = ["-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+
 
 # A100 and what else runs code for 8.0, H100, B200, RTX 50; PTX for what comes after.
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0;12.0+PTX"
@@ -131,7 +134,7 @@ def extensions() -> dict:
                     "-O3",
                     "-std=c++20",
                     "-fvisibility=hidden",
-                    "-Wno-unknown-pragmas",
+                    *QUIET,
                     *threads,
                     *flags,
                 ],

@@ -31,8 +31,9 @@ struct Partial {
   T shift_sum = 0;       // sum d
   T square_sum = 0;      // sum z^2
   T count = 0;           // entries seen
+  T logit_sum = 0;       // sum z: shift_sum + count * max would cancel
 };
-constexpr int kPartialFields = 10;
+constexpr int kPartialFields = 11;
 
 // The seven scalars of a row's gradient; the order is the layout of the `coef` tensors.
 template <class V>
@@ -80,6 +81,7 @@ TIGHTROPE_HD double maximum(double a, double b) {
 template <class T>
 TIGHTROPE_HD void add_entry(
     Partial<T>& sums, const T& z, const T& d, const T& e, const T& log_zero) {
+  sums.logit_sum = sums.logit_sum + z;
   sums.square_sum = fmadd(z, z, sums.square_sum);
   sums.sum_exp = sums.sum_exp + e;
   sums.sum_exp_shift = fmadd(e, maximum(d, log_zero), sums.sum_exp_shift);
@@ -125,6 +127,7 @@ TIGHTROPE_HD Partial<T> merge(const Partial<T>& a, const Partial<T>& b) {
   out.shift_sum += other.shift_sum;
   out.square_sum += other.square_sum;
   out.count += other.count;
+  out.logit_sum += other.logit_sum;
   return out;
 }
 

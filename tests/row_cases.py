@@ -168,7 +168,7 @@ def check_loss_grad(case, device, in_place, **terms):
     loss = reference.token_loss(z, case.distribution(), balance=balance.double(), **terms)
     (exact,) = torch.autograd.grad((weight.double() * loss).sum(), raw)
     rough = torch.empty_like(case.logits, memory_format=torch.contiguous_format)
-    partial, argmax = torch.full((10, ROWS), torch.nan, dtype=case.wide), torch.full((ROWS,), -7)
+    partial, argmax = torch.full((11, ROWS), torch.nan, dtype=case.wide), torch.full((ROWS,), -7)
     rough_partial, rough_argmax = partial.clone(), argmax.clone()
     ops.row_loss_grad(case.logits, rough, rough_partial, rough_argmax, upstream, *case.tail(offset=()))
     out, buffer = (case.logits, case.buffer) if in_place else case.nan_out(1, 3)
@@ -194,7 +194,7 @@ TERMS = (
 def fused(case, device, upstream):
     """Gradient, partial and argmax of row_loss_grad."""
     out, _ = case.nan_out()
-    partial, argmax = torch.full((10, ROWS), -7.0, dtype=case.wide), torch.full((ROWS,), -7)
+    partial, argmax = torch.full((11, ROWS), -7.0, dtype=case.wide), torch.full((ROWS,), -7)
     device.row_loss_grad(case.logits, out, partial, argmax, upstream, *case.tail(offset=()))
     return out, partial, argmax
 

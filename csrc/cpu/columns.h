@@ -87,17 +87,17 @@ void column_stats(
               const Vec e = sums.add(v, d, d);
               if (targets.dense != nullptr) sums.add_target(group.dense(targets, first + j), d, e);
             }
-            alignas(64) T field[8][kLanes];
-            const Vec all[8] = {sums.sum_exp,      sums.sum_exp_shift, sums.sum_exp_square,
+            alignas(64) T field[9][kLanes];
+            const Vec all[9] = {sums.sum_exp,      sums.sum_exp_shift, sums.sum_exp_square,
                                 sums.target_shift, sums.target_exp,    sums.target_mass,
-                                sums.shift_sum,    sums.square_sum};
-            for (int f = 0; f < 8; ++f) all[f].store(field[f]);
+                                sums.shift_sum,    sums.square_sum,    sums.logit_sum};
+            for (int f = 0; f < 9; ++f) all[f].store(field[f]);
             for (int64_t l = 0; l < group.lanes; ++l) {
               const int64_t i = group.begin + l;
               if (active != nullptr && !active[i]) continue;
-              Partial<T> block{max[l],      field[0][l],      field[1][l], field[2][l],
-                               field[3][l], field[4][l],      field[5][l], field[6][l],
-                               field[7][l], static_cast<T>(n)};
+              Partial<T> block{max[l],      field[0][l],       field[1][l], field[2][l],
+                               field[3][l], field[4][l],       field[5][l], field[6][l],
+                               field[7][l], static_cast<T>(n), field[8][l]};
               targets.for_sparse(i, offset + first, n, [&](int64_t column, T mass) {
                 Sums<T>::add_sparse(block, mass, z[column * kLanes + l] - origins[l]);
               });

@@ -77,8 +77,8 @@ template <class T>
 struct Sums : Partial<Vectorized<T>> {
   using Vec = Vectorized<T>;
 
-  // One entry in each lane: z is what its square counts as, `counted` what its shift counts as, and
-  // d its shift as an exponent; they differ only in lanes past the end of a row. Gives e^d.
+  // One entry in each lane: z is what it and its square count as, `counted` what its shift counts
+  // as, and d its shift as an exponent; they differ only in lanes past the end of a row. Gives e^d.
   Vec add(Vec z, Vec counted, Vec d) {
     const Vec e = d.exp();
     add_entry<Vec>(*this, z, d, e, Vec(static_cast<T>(kLogZero)));
@@ -102,15 +102,15 @@ struct Sums : Partial<Vectorized<T>> {
 template <class T>
 Partial<T> load_partial(const T* partial, int64_t rows, int64_t i) {
   const auto field = [&](int f) { return partial[f * rows + i]; };
-  return {field(0), field(1), field(2), field(3), field(4),
-          field(5), field(6), field(7), field(8), field(9)};
+  return {field(0), field(1), field(2), field(3), field(4), field(5),
+          field(6), field(7), field(8), field(9), field(10)};
 }
 
 template <class T>
 void store_partial(const Partial<T>& p, T* partial, int64_t rows, int64_t i) {
   const T fields[kPartialFields] = {p.max,          p.sum_exp,    p.sum_exp_shift, p.sum_exp_square,
                                     p.target_shift, p.target_exp, p.target_mass,   p.shift_sum,
-                                    p.square_sum,   p.count};
+                                    p.square_sum,   p.count,      p.logit_sum};
   for (int f = 0; f < kPartialFields; ++f) partial[f * rows + i] = fields[f];
 }
 

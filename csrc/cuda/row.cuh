@@ -198,6 +198,7 @@ TIGHTROPE_DEVICE Part<T> warp_reduce(const Part<T>& part, bool targets) {
   out.sums.shift_sum = warp_sum(out.sums.shift_sum);
   out.sums.square_sum = warp_sum(out.sums.square_sum);
   out.sums.count = warp_sum(out.sums.count);
+  out.sums.logit_sum = warp_sum(out.sums.logit_sum);
   if (targets) {
     out.sums.target_shift = warp_sum(out.sums.target_shift);
     out.sums.target_exp = warp_sum(out.sums.target_exp);
@@ -248,8 +249,8 @@ TIGHTROPE_DEVICE Part<T> load_part(
     const T* partial, const int64_t* argmax, int64_t rows, int64_t row) {
   const auto field = [&](int f) { return partial[f * rows + row]; };
   Part<T> part;
-  part.sums = {field(0), field(1), field(2), field(3), field(4),
-               field(5), field(6), field(7), field(8), field(9)};
+  part.sums = {field(0), field(1), field(2), field(3), field(4), field(5),
+               field(6), field(7), field(8), field(9), field(10)};
   part.best = static_cast<unsigned>(argmax[row]);
   return part;
 }
@@ -257,7 +258,7 @@ template <class T>
 TIGHTROPE_DEVICE void store_sums(const Partial<T>& s, T* partial, int64_t rows, int64_t row) {
   const T field[kPartialFields] = {s.max,          s.sum_exp,    s.sum_exp_shift, s.sum_exp_square,
                                    s.target_shift, s.target_exp, s.target_mass,   s.shift_sum,
-                                   s.square_sum,   s.count};
+                                   s.square_sum,   s.count,      s.logit_sum};
 #pragma unroll
   for (int f = 0; f < kPartialFields; ++f) partial[f * rows + row] = field[f];
 }

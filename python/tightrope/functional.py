@@ -357,7 +357,7 @@ def _check_loss(
     validation.integer("ignore_index", ignore_index)
     validation.choice("reduction", reduction, validation.REDUCTIONS)
     if normalizer is not None:
-        validation.normalizer(normalizer, device)
+        validation.normalizer(normalizer)
     validation.shift(shift, shape)
 
 

@@ -23,7 +23,7 @@ def workspace_bytes(workspace_mb: float | None) -> int:
 
 
 def spans(total: int, most: int, multiple: int = 1) -> list[tuple[int, int]]:
-    """Cut ``range(total)`` into the fewest spans of at most ``most``, even, and of a multiple where it fits."""
+    """Cut ``range(total)`` into the fewest, even spans of at most ``most``, in a multiple where it fits."""
     if total == 0:
         return []
     most = max(most - most % multiple, 1) if most >= multiple else max(most, 1)
