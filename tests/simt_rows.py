@@ -7,6 +7,7 @@ and puts a row past one block's reach sooner.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import shutil
 import subprocess
@@ -63,12 +64,16 @@ class Call(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL:
+def library_path() -> Path:
+    """Compiled once in a process, removed when it ends."""
     folder = Path(mkdtemp(prefix="tightrope-simt-"))
-    try:
-        return ctypes.CDLL(str(compile(folder / "rows.so", "-O2", "-shared", "-fPIC")))
-    finally:
-        shutil.rmtree(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return compile(folder / "rows.so", "-O2", "-shared", "-fPIC")
+
+
+@cache
+def library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(library_path()))
 
 
 @dataclass

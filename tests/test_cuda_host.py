@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import child_environment
 from row_cases import (
     BF16,
     DTYPES,
@@ -35,7 +34,7 @@ from row_cases import (
     placed,
     stats_of,
 )
-from simt_rows import Simt, compile, compiler, library
+from simt_rows import Simt, compile, compiler, library, library_path
 from tightrope.backends import ops
 from tightrope.coefficients import row_coefficients
 from tightrope.losses import RealityCreativity
@@ -189,10 +188,8 @@ def test_a_missing_barrier_shows(kernel, barriers):
 @pytest.mark.parametrize("how", [0, 1, 2])
 def test_a_divergent_barrier_aborts(how):
     """A thread that ends early, one that waits elsewhere, a lane that is missing from a shuffle."""
-    script = f"import simt_rows; simt_rows.library().simt_diverge({how})"
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=child_environment(), capture_output=True, text=True, timeout=120
-    )
+    script = f"import ctypes; ctypes.CDLL({str(library_path())!r}).simt_diverge({how})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode < 0
     assert "simt: divergent" in done.stderr
     assert "rows_host.cpp" in done.stderr
