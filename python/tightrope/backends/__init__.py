@@ -1,4 +1,4 @@
-"""Which implementation of the row primitives serves a device: one table, and the loading of the extension."""
+"""Which implementation of the row primitives serves a device: one table, and loading the extensions."""
 
 from __future__ import annotations
 
@@ -38,6 +38,24 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 _extension, _extension_detail = _load_extension()
 
 
+def _load_cuda_extension() -> tuple[ModuleType | None, str]:
+    """The CUDA extension, and what it was built for, or why it is not here."""
+    if os.environ.get("TIGHTROPE_DISABLE_EXT") == "1":
+        return None, "switched off by TIGHTROPE_DISABLE_EXT=1"
+    if torch.version.cuda is None:
+        return None, "this torch is not a CUDA build"
+    try:
+        module = importlib.import_module("tightrope._C_cuda")
+    except ModuleNotFoundError:
+        return None, "not built"
+    except ImportError as error:  # built for another torch, say
+        return None, f"_C_cuda does not load: {error}"
+    return module, f"_C_cuda, for {module.architectures}"
+
+
+_cuda_extension, _cuda_extension_detail = _load_cuda_extension()
+
+
 @dataclass(frozen=True)
 class Backend:
     """An implementation of the row primitives; their contract is at the top of ``ops.py``."""
@@ -48,6 +66,7 @@ class Backend:
     detail: str
     row_stats: Callable[..., None]
     row_grad: Callable[..., None]
+    row_loss_grad: Callable[..., None] = ops.row_loss_grad
 
     def serves(self, device: torch.device) -> bool:
         return self.available and (not self.devices or device.type in self.devices)
@@ -64,6 +83,15 @@ BACKENDS = {
             _extension_detail,
             torch.ops.tightrope.row_stats,
             torch.ops.tightrope.row_grad,
+        ),
+        Backend(
+            "cuda",
+            ("cuda",),
+            _cuda_extension is not None,
+            _cuda_extension_detail,
+            torch.ops.tightrope.row_stats,
+            torch.ops.tightrope.row_grad,
+            torch.ops.tightrope.row_loss_grad,
         ),
         Backend("eager", (), True, "plain PyTorch, same chunks", ops.row_stats, ops.row_grad),
     )
