@@ -32,7 +32,7 @@ INSTRUCTION_SETS = {
 }
 
 # What PyTorch's and gcc 12's own headers warn of: unknown pragmas, undefined AVX512 registers.
-QUIET = ["-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+QUIET = ["-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
 # A100 and what else runs code for 8.0, H100, B200, RTX 50; PTX for what comes after.
