@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -40,7 +41,10 @@ _extension, _extension_detail = _load_extension()
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation of the row primitives; their contract is at the top of ``ops.py``."""
+    """An implementation of the row primitives; their contract is at the top of ``ops.py``.
+
+    The streaming ones, fused with the GEMM, are optional; theirs is at the top of ``triton.py``.
+    """
 
     name: str
     devices: tuple[str, ...]  # empty: any
@@ -48,9 +52,30 @@ class Backend:
     detail: str
     row_stats: Callable[..., None]
     row_grad: Callable[..., None]
+    stream_stats: Callable[..., None] | None = None
+    stream_grad: Callable[..., None] | None = None
+    serves_stream: Callable[..., bool] = lambda hidden, weight: False
+    on_request: tuple[str, ...] = ()  # devices that it serves where it is asked for by name
 
-    def serves(self, device: torch.device) -> bool:
-        return self.available and (not self.devices or device.type in self.devices)
+    def serves(self, device: torch.device, asked: bool = False) -> bool:
+        devices = self.devices + (self.on_request if asked else ())
+        return self.available and (not self.devices or device.type in devices)
+
+
+def _triton(primitive: str) -> Callable:
+    """A primitive of the Triton backend, which is imported when it is first called."""
+    return lambda *args: getattr(importlib.import_module(f"{__name__}.triton"), primitive)(*args)
+
+
+def _find_triton() -> tuple[bool, str]:
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True, "on the CPU too, by backend=\"triton\", as TRITON_INTERPRET=1"
+    return True, "on the CPU under TRITON_INTERPRET=1 only"
+
+
+_has_triton, _triton_detail = _find_triton()
 
 
 # In order of preference.
@@ -64,6 +89,18 @@ BACKENDS = {
             _extension_detail,
             torch.ops.tightrope.row_stats,
             torch.ops.tightrope.row_grad,
+        ),
+        Backend(
+            "triton",
+            ("cuda",),
+            _has_triton,
+            _triton_detail,
+            _triton("row_stats"),
+            _triton("row_grad"),
+            _triton("stream_stats"),
+            _triton("stream_grad"),
+            _triton("serves_stream"),
+            on_request=("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else (),
         ),
         Backend("eager", (), True, "plain PyTorch, same chunks", ops.row_stats, ops.row_grad),
     )
@@ -81,7 +118,7 @@ def resolve(name: str | None, device: torch.device) -> Backend:
     if name is not None:
         if name not in BACKENDS:
             raise ValueError(f"backend: got {name!r}, expected one of {sorted(BACKENDS)} or None")
-        if not BACKENDS[name].serves(device):
+        if not BACKENDS[name].serves(device, asked=True):
             backend = BACKENDS[name]
             raise ValueError(
                 f"backend: {name!r} does not serve tensors on {device} here ({backend.detail}; "
