@@ -18,6 +18,7 @@ class StreamConfig:
     block_k: int  # hidden dimensions in a step
     warps: int
     stages: int  # steps of the GEMM that are loaded ahead
+    pieces: int = 4  # that the epilogue takes a tile in: 1, 2 or 4
     descriptors: bool = False  # tensor descriptors (TMA) instead of pointers
     group: int = 8  # row blocks that share a piece of the head in the second-level cache
 

@@ -23,7 +23,6 @@ from .arithmetic import (
     INDEX,
     LOG_ZERO,
     NO_COLUMN,
-    NO_TARGET,
     TOPK,
     Partial,
     gradient,
@@ -88,6 +87,26 @@ def _tile_logits(
 
 
 @triton.jit
+def _halves(tile):
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _pieces(tile, PIECES: tl.constexpr):
+    """A tile cut into PIECES (1, 2 or 4) along the vocabulary, so that only one piece's temporaries live."""
+    if PIECES == 1:
+        pieces = (tile,)
+    elif PIECES == 2:
+        pieces = _halves(tile)
+    else:
+        a, b = _halves(tile)
+        c, d = _halves(a)
+        e, f = _halves(b)
+        pieces = (c, d, e, f)
+    return pieces
+
+
+@triton.jit
 def _finish(product, bias, column, columns, logit_scale, softcap, CAPPED: tl.constexpr):
     """From the product to logits, -inf past the end of the vocabulary."""
     inside = column < columns
@@ -119,6 +138,73 @@ def _entry(target, target_prob, row, entries, place, wanted):
     return index, tl.load(target_prob + at, mask=wanted, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def _statistics(
+    z,
+    row,
+    live,
+    first,
+    column,
+    columns,
+    target,
+    target_prob,
+    target_stride,
+    offset,
+    TARGET: tl.constexpr,
+    TOPK_BLOCK: tl.constexpr,
+):
+    """Statistics of a tile of logits [rows, columns from first on], and the place of each row's maximum."""
+    inside = (column < columns)[None, :]
+    last = tl.minimum(first + column.shape[0], columns)
+    maximum = tl.max(z, 1)
+    # The position of the first NaN if there is one, as a negative number, else of the first maximum.
+    place = tl.where(z == maximum[:, None], column[None, :], NO_COLUMN)
+    place = tl.min(tl.where(z != z, column[None, :] - NO_COLUMN, place), 1)
+    square_sum = tl.sum(tl.where(inside, z * z, 0.0), 1)
+    d = z - origin(maximum)[:, None]
+    shift_sum = tl.sum(tl.where(inside, d, 0.0), 1)
+    zero = tl.zeros(row.shape, tl.float32)
+    target_shift, target_exp, mass = zero, zero, zero
+    if TARGET == INDEX:
+        index = tl.load(target + row, mask=live, other=-1) - offset
+        hit = (index >= first) & (index < last)
+        target_shift = tl.sum(tl.where(column[None, :] == index.to(tl.int32)[:, None], d, 0.0), 1)
+        target_shift = tl.where(hit, target_shift, 0.0)
+        target_exp = tl.where(hit, tl.exp(target_shift), 0.0)
+        mass = hit.to(tl.float32)
+    if TARGET == TOPK:
+        start, count = _run_of_entries(
+            target, row, live, target_stride, first + offset, last + offset, TOPK_BLOCK
+        )
+        for k in range(0, tl.max(count, 0)):
+            entry, b = _entry(target, target_prob, row, target_stride, start + k, k < count)
+            entry = (entry - offset).to(tl.int32)
+            shift = tl.sum(tl.where(column[None, :] == entry[:, None], d, 0.0), 1)
+            target_shift += tl.where(b == 0, 0.0, b * shift)
+            target_exp += tl.where(b == 0, 0.0, b * tl.exp(shift))
+            mass += b
+    e = tl.exp(d)
+    if TARGET == DENSE:
+        at = target + row[:, None] * target_stride + column[None, :]
+        b = tl.load(at, mask=live[:, None] & inside, other=0.0).to(tl.float32)
+        target_shift = tl.sum(tl.where(b == 0, 0.0, b * d), 1)
+        target_exp = tl.sum(b * e, 1)
+        mass = tl.sum(b, 1)
+    tile = Partial(
+        tl.where(place < 0, float("nan"), maximum),
+        tl.sum(e, 1),
+        tl.sum(e * tl.where(d < LOG_ZERO, LOG_ZERO, d), 1),
+        tl.sum(e * e, 1),
+        target_shift,
+        target_exp,
+        mass,
+        shift_sum,
+        square_sum,
+        zero + tl.maximum(last - first, 0),
+    )
+    return tile, tl.where(place < 0, place + NO_COLUMN, place)
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def stream_stats(
     hidden,  # [rows, width], or its descriptor
@@ -145,6 +231,7 @@ def stream_stats(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    PIECES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     TOPK_BLOCK: tl.constexpr,
 ):
@@ -155,8 +242,6 @@ def stream_stats(
     zero = tl.zeros((BLOCK_M,), tl.float32)
     running = Partial(zero - float("inf"), zero, zero, zero, zero, zero, zero, zero, zero, zero)
     argmax = tl.full((BLOCK_M,), -1, tl.int32)
-    if TARGET == INDEX:
-        index = tl.load(target + row, mask=live, other=-1) - offset
     segment = split * tiles * BLOCK_N
     for first in range(segment, tl.minimum(segment + tiles * BLOCK_N, columns), BLOCK_N):
         product = _tile_logits(
@@ -174,62 +259,56 @@ def stream_stats(
             BLOCK_K,
             DESCRIPTORS,
         )
-        column = first + tl.arange(0, BLOCK_N)
-        inside = (column < columns)[None, :]
-        z = _finish(product, bias, column, columns, logit_scale, softcap, CAPPED)
-        maximum = tl.max(z, 1)
-        # The position of the first NaN if there is one, as a negative number, else of the first maximum.
-        place = tl.where(z == maximum[:, None], column[None, :], NO_COLUMN)
-        place = tl.min(tl.where(z != z, column[None, :] - NO_COLUMN, place), 1)
-        square_sum = tl.sum(tl.where(inside, z * z, 0.0), 1)
-        top = origin(maximum)
-        d = z - top[:, None]
-        shift_sum = tl.sum(tl.where(inside, d, 0.0), 1)
-        target_shift, target_exp, mass = zero, zero, zero
-        if TARGET == INDEX:
-            hit = (index >= first) & (index < tl.minimum(first + BLOCK_N, columns))
-            target_shift = tl.sum(tl.where(column[None, :] == index[:, None], d, 0.0), 1)
-            target_exp = tl.where(hit, tl.exp(target_shift), 0.0)
-            mass = hit.to(tl.float32)
-        if TARGET == TOPK:
-            last = tl.minimum(first + BLOCK_N, columns)
-            start, count = _run_of_entries(
-                target, row, live, target_stride, first + offset, last + offset, TOPK_BLOCK
+        pieces = _pieces(product, PIECES)
+        for piece in tl.static_range(PIECES):
+            at = first + piece * (BLOCK_N // PIECES)
+            column = at + tl.arange(0, BLOCK_N // PIECES)
+            z = _finish(pieces[piece], bias, column, columns, logit_scale, softcap, CAPPED)
+            tile, place = _statistics(
+                z, row, live, at, column, columns, target, target_prob, target_stride, offset, TARGET, TOPK_BLOCK
             )
-            for k in range(0, tl.max(count, 0)):
-                entry, b = _entry(target, target_prob, row, target_stride, start + k, k < count)
-                shift = tl.sum(tl.where(column[None, :] == (entry - offset)[:, None], d, 0.0), 1)
-                target_shift += tl.where(b == 0, 0.0, b * shift)
-                target_exp += tl.where(b == 0, 0.0, b * tl.exp(shift))
-                mass += b
-        e = tl.exp(d)
-        if TARGET == DENSE:
-            b = tl.load(
-                target + row[:, None] * target_stride + column[None, :],
-                mask=live[:, None] & inside,
-                other=0.0,
-            ).to(tl.float32)
-            target_shift = tl.sum(tl.where(b == 0, 0.0, b * d), 1)
-            target_exp = tl.sum(b * e, 1)
-            mass = tl.sum(b, 1)
-        tile = Partial(
-            tl.where(place < 0, float("nan"), maximum),
-            tl.sum(e, 1),
-            tl.sum(e * tl.where(d < LOG_ZERO, LOG_ZERO, d), 1),
-            tl.sum(e * e, 1),
-            target_shift,
-            target_exp,
-            mass,
-            shift_sum,
-            square_sum,
-            zero + (tl.minimum(first + BLOCK_N, columns) - first),
-        )
-        place = tl.where(place < 0, place + NO_COLUMN, place)
-        argmax = tl.where(takes_argmax(running.max, argmax, tile.max), place, argmax)
-        running = merge(running, tile)
+            argmax = tl.where(takes_argmax(running.max, argmax, tile.max), place, argmax)
+            running = merge(running, tile)
     rows = rows.to(tl.int64)
     store_partial(parts + split.to(tl.int64) * FIELDS * rows, row, rows, running, live)
     tl.store(best + split.to(tl.int64) * rows + row, argmax.to(tl.int64) + offset, mask=live)
+
+
+@triton.jit
+def _mass(
+    row,
+    live,
+    first,
+    column,
+    columns,
+    target,
+    target_prob,
+    target_stride,
+    offset,
+    TARGET: tl.constexpr,
+    TOPK_BLOCK: tl.constexpr,
+):
+    """The target mass at each entry of a tile, or None."""
+    mass = None
+    if TARGET == INDEX:
+        index = tl.load(target + row, mask=live, other=-1) - offset
+        # A class elsewhere in the vocabulary may be far; as 32 bits it must not come to lie in the tile.
+        index = tl.where((index >= 0) & (index < columns), index, -1).to(tl.int32)
+        mass = (column[None, :] == index[:, None]).to(tl.float32)
+    if TARGET == DENSE:
+        at = target + row[:, None] * target_stride + column[None, :]
+        mass = tl.load(at, mask=live[:, None] & (column < columns)[None, :], other=0.0).to(tl.float32)
+    if TARGET == TOPK:
+        last = tl.minimum(first + column.shape[0], columns)
+        start, count = _run_of_entries(
+            target, row, live, target_stride, first + offset, last + offset, TOPK_BLOCK
+        )
+        mass = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
+        for k in range(0, tl.max(count, 0)):
+            entry, b = _entry(target, target_prob, row, target_stride, start + k, k < count)
+            entry = (entry - offset).to(tl.int32)
+            mass += tl.where(column[None, :] == entry[:, None], b[:, None], 0.0)
+    return mass
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -259,6 +338,7 @@ def stream_grad(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    PIECES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     TOPK_BLOCK: tl.constexpr,
 ):
@@ -283,35 +363,24 @@ def stream_grad(
         DESCRIPTORS,
     )
     row = row_block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = first + tl.arange(0, BLOCK_N)
     live = row < rows
-    writes = live[:, None] & (column < columns)[None, :]
-    z = _finish(product, bias, column, columns, logit_scale, softcap, CAPPED)
-    if TARGET == NO_TARGET:
-        mass = None
-    else:
-        mass = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if TARGET == INDEX:
-        index = tl.load(target + row, mask=live, other=-1) - offset
-        mass = (column[None, :] == index[:, None]).to(tl.float32)
-    if TARGET == DENSE:
-        mass = tl.load(
-            target + row[:, None] * target_stride + column[None, :], mask=writes, other=0.0
-        ).to(tl.float32)
-    if TARGET == TOPK:
-        last = tl.minimum(first + BLOCK_N, columns)
-        start, count = _run_of_entries(
-            target, row, live, target_stride, first + offset, last + offset, TOPK_BLOCK
-        )
-        for k in range(0, tl.max(count, 0)):
-            entry, b = _entry(target, target_prob, row, target_stride, start + k, k < count)
-            mass += tl.where(column[None, :] == (entry - offset)[:, None], b[:, None], 0.0)
     c = load_coefficients(coef, row[:, None], rows.to(tl.int64), live[:, None])
     maximum = tl.load(norm + row, mask=live, other=0.0)[:, None]
     log_sum = tl.load(norm + rows.to(tl.int64) + row, mask=live, other=0.0)[:, None]
-    grad = gradient(z, maximum, log_sum, c, logit_scale, softcap, mass, CAPPED)
+    counts = live
     if active is not None:
         counts = tl.load(active + row, mask=live, other=0) != 0
-        grad = tl.where(counts[:, None], grad, 0.0)
-    at = out + row[:, None] * out_stride + column[None, :]
-    tl.store(at, grad.to(out.dtype.element_ty), mask=writes)
+    pieces = _pieces(product, PIECES)
+    for piece in tl.static_range(PIECES):
+        at = first + piece * (BLOCK_N // PIECES)
+        column = at + tl.arange(0, BLOCK_N // PIECES)
+        writes = live[:, None] & (column < columns)[None, :]
+        z = _finish(pieces[piece], bias, column, columns, logit_scale, softcap, CAPPED)
+        mass = _mass(
+            row, live, at, column, columns, target, target_prob, target_stride, offset, TARGET, TOPK_BLOCK
+        )
+        grad = gradient(z, maximum, log_sum, c, logit_scale, softcap, mass, CAPPED)
+        if active is not None:
+            grad = tl.where(counts[:, None], grad, 0.0)
+        where = out + row[:, None] * out_stride + column[None, :]
+        tl.store(where, grad.to(out.dtype.element_ty), mask=writes)

@@ -187,7 +187,8 @@ def _tuned(kernel, config: configs.StreamConfig):
 
 
 def _launch(kernel, config, hidden, grid, *arguments, **meta) -> None:
-    meta.update(BLOCK_M=config.block_m, BLOCK_N=config.block_n, TOPK_BLOCK=configs.TOPK_BLOCK)
+    meta.update(BLOCK_M=config.block_m, BLOCK_N=config.block_n, PIECES=config.pieces)
+    meta["TOPK_BLOCK"] = configs.TOPK_BLOCK
     meta["DESCRIPTORS"] = isinstance(hidden, TensorDescriptor)
     # A descriptor is made for one BLOCK_K.
     if configs.autotuning() and not INTERPRETED and not meta["DESCRIPTORS"]:
