@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..coefficients import row_coefficients
 from ..statistics import RowStats, StatGrads, row_stats
-from . import plan
+from . import gemm, plan
 from .problem import Chunk, LinearProblem
 from .workspace import borrow
 
@@ -67,7 +67,8 @@ def loss_and_gradients(
     if needs.bias:
         result.bias = torch.zeros(vocab_size, dtype=dtype, device=device)
 
-    size = plan.chunk_rows(rows.count, vocab_size, dtype.itemsize, workspace)
+    narrow = 0 if problem.operand == dtype else min(vocab_size, plan.sizes(device).tile) // 2
+    size = plan.chunk_rows(rows.count, vocab_size + narrow, dtype.itemsize, workspace)
     chunks = plan.spans(rows.count, size)
     size = max((stop - start for start, stop in chunks), default=0)
     with borrow(size * vocab_size, dtype, device) as flat:
@@ -88,7 +89,7 @@ def _forward(problem, upstream, chunk, logits, hidden, result) -> tuple[Tensor, 
     partial, argmax = problem.new_partial(chunk.size)
     for tile in problem.tiles:
         raw = logits[:, tile[0] : tile[1]]
-        torch.mm(hidden, problem.head(*tile).t(), out=raw)
+        gemm.mm(hidden, problem.head(*tile).t(), raw)
         problem.row_stats(raw, partial, argmax, chunk, tile)
     summary = problem.summarise(partial, chunk)
     row_loss, grads, args = upstream(row_stats(summary, argmax), chunk)
@@ -113,18 +114,23 @@ def _backward(problem, chunk, logits, hidden, norm, coef, result) -> None:
     """Turn the chunk's logits into their gradient, tile by tile, and add it to what is wanted."""
     in_place = isinstance(chunk.where, slice)
     first = chunk.start == 0
+    coef, undo = gemm.headroom(coef, problem.operand)
     if result.input is not None:
-        hidden_grad = result.input[chunk.where] if in_place else torch.empty_like(hidden)
+        hidden_grad = (
+            result.input[chunk.where] if in_place else torch.empty_like(hidden, dtype=problem.dtype)
+        )
     for tile in problem.tiles:
-        raw = logits[:, tile[0] : tile[1]]
-        problem.row_grad(raw, norm, coef, chunk, tile)
-        # With beta = 0 a GEMM overwrites its output without reading it.
+        grad = problem.row_grad(logits[:, tile[0] : tile[1]], norm, coef, chunk, tile)
         if result.input is not None:
-            torch.addmm(hidden_grad, raw, problem.head(*tile), beta=int(tile[0] > 0), out=hidden_grad)
+            gemm.addmm(hidden_grad, grad, problem.head(*tile), accumulate=tile[0] > 0)
         if result.weight is not None:
             part = result.weight[tile[0] : tile[1]]
-            torch.addmm(part, raw.t(), hidden, beta=int(not first), out=part)
+            gemm.addmm(part, grad.t(), hidden, accumulate=not first, scale=undo)
         if result.bias is not None:
-            result.bias[tile[0] : tile[1]] += raw.sum(0)
-    if result.input is not None and not in_place:
-        result.input[chunk.where] = hidden_grad
+            bias_grad = grad.sum(0, dtype=problem.dtype)
+            result.bias[tile[0] : tile[1]] += bias_grad if undo is None else bias_grad * undo
+    if result.input is not None:
+        if undo is not None:
+            hidden_grad *= undo
+        if not in_place:
+            result.input[chunk.where] = hidden_grad
