@@ -26,26 +26,48 @@ class StreamConfig:
 @dataclass(frozen=True)
 class Architecture:
     shared_memory: int  # bytes that one program may have
-    segments: int  # pieces of the vocabulary for stream_stats: one for each processor, so that 16 rows fill it
+    segments: (
+        int  # pieces of the vocabulary for stream_stats: one for each processor, so that 16 rows fill it
+    )
     half: StreamConfig  # bfloat16 and float16
     single: StreamConfig  # float32
-    half_grad: StreamConfig | None = None  # of stream_grad where that differs
-    single_grad: StreamConfig | None = None
+    half_dense: StreamConfig | None = None  # of stream_stats for dense targets, whose epilogue holds more
+    single_dense: StreamConfig | None = None
 
-    def stream(self, kernel: str, itemsize: int) -> StreamConfig:
-        if itemsize == 2:
-            return (self.half_grad if kernel == "stream_grad" else None) or self.half
-        return (self.single_grad if kernel == "stream_grad" else None) or self.single
+    def stream(self, kernel: str, kind: str, itemsize: int) -> StreamConfig:
+        """The configuration of a streaming kernel for a kind of target."""
+        usual, dense = (self.half, self.half_dense) if itemsize == 2 else (self.single, self.single_dense)
+        return dense if dense and kernel == "stream_stats" and kind == "dense" else usual
 
 
+_SINGLE = StreamConfig(64, 64, 16, 8, 3, pieces=2)
 ARCHITECTURES = {
-    "sm_80": Architecture(166912, 108, StreamConfig(128, 128, 32, 8, 4), StreamConfig(64, 64, 16, 8, 3)),
-    "sm_90": Architecture(232448, 132, StreamConfig(128, 128, 64, 8, 3), StreamConfig(64, 64, 16, 8, 3)),
-    "sm_100": Architecture(232448, 148, StreamConfig(128, 128, 64, 8, 3), StreamConfig(64, 64, 16, 8, 3)),
-    "gfx942": Architecture(65536, 304, StreamConfig(128, 128, 64, 8, 2), StreamConfig(64, 64, 16, 8, 2)),
+    # mma.sync spreads the rows of a 128 x 128 tile over twice the threads' registers: it spills.
+    "sm_80": Architecture(
+        166912,
+        108,
+        StreamConfig(128, 64, 64, 8, 3, pieces=2),
+        _SINGLE,
+        half_dense=StreamConfig(128, 64, 32, 8, 4, pieces=2),
+    ),
+    # Descriptors leave the addresses to the copy engine: 184 registers, and with pointers 255. 128 x 256 spills.
+    "sm_90": Architecture(
+        232448,
+        132,
+        StreamConfig(128, 128, 64, 8, 3, descriptors=True),
+        _SINGLE,
+        half_dense=StreamConfig(128, 64, 64, 8, 4, pieces=2, descriptors=True),
+    ),
+    # The accumulators stand in tensor memory, so all targets have room beside them.
+    "sm_100": Architecture(232448, 148, StreamConfig(128, 128, 64, 8, 3, descriptors=True), _SINGLE),
+    # 512 registers a thread, and 64 KiB of shared memory, which two stages fill.
+    "gfx942": Architecture(65536, 304, StreamConfig(128, 128, 64, 8, 2, pieces=2), _SINGLE),
     # Small tiles, so that small problems have several of them.
     "interpreter": Architecture(
-        2**30, 4, StreamConfig(32, 32, 32, 4, 1, group=2), StreamConfig(32, 32, 32, 4, 1, group=2)
+        2**30,
+        4,
+        StreamConfig(32, 32, 32, 4, 1, pieces=2, group=2),
+        StreamConfig(32, 32, 32, 4, 1, pieces=2, group=2),
     ),
 }
 
@@ -54,8 +76,9 @@ ARCHITECTURES = {
 ROW_BLOCK = 4096
 ROW_BLOCKS = 4
 ROW_WARPS = 8
-# Top-k entries that are looked at together.
-TOPK_BLOCK = 32
+# Top-k entries of a row that are looked at together; of the many rows of a streaming tile, fewer.
+TOPK_BLOCK = 64
+STREAM_TOPK_BLOCK = 8
 # Statistics of a merge that are held at a time: parts times rows.
 MERGE_TILE = 1024
 

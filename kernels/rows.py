@@ -37,7 +37,9 @@ _VARYING = ("rows", "offset", "splits")
 
 
 @triton.jit
-def _load_logits(logits, bias, columns, mask, logit_scale, softcap, CAPPED: tl.constexpr, DTYPE: tl.constexpr):
+def _load_logits(
+    logits, bias, columns, mask, logit_scale, softcap, CAPPED: tl.constexpr, DTYPE: tl.constexpr
+):
     """Logits of one row at some columns, -inf where masked; and the mask once more."""
     raw = tl.load(logits + columns, mask=mask, other=0.0).to(DTYPE)
     if bias is not None:
@@ -247,8 +249,8 @@ def row_grad(
         for k in range(0, target_stride):
             index = tl.load(target + row * target_stride + k)
             if (index >= start) & (index < start + BLOCK):
-                mass += tl.where(column == index - offset, tl.load(target_prob + row * target_stride + k), 0.0)
-    grad = gradient(
-        z, tl.load(norm + row), tl.load(norm + rows + row), c, logit_scale, softcap, mass, CAPPED
-    )
+                mass += tl.where(
+                    column == index - offset, tl.load(target_prob + row * target_stride + k), 0.0
+                )
+    grad = gradient(z, tl.load(norm + row), tl.load(norm + rows + row), c, logit_scale, softcap, mass, CAPPED)
     tl.store(out + column, grad.to(out.dtype.element_ty), mask=inside)

@@ -157,9 +157,8 @@ def _statistics(
     inside = (column < columns)[None, :]
     last = tl.minimum(first + column.shape[0], columns)
     maximum = tl.max(z, 1)
-    # The position of the first NaN if there is one, as a negative number, else of the first maximum.
-    place = tl.where(z == maximum[:, None], column[None, :], NO_COLUMN)
-    place = tl.min(tl.where(z != z, column[None, :] - NO_COLUMN, place), 1)
+    # The first maximum, or a NaN before it: one comparison for both.
+    place = tl.min(tl.where(z < maximum[:, None], NO_COLUMN, column[None, :]), 1)
     square_sum = tl.sum(tl.where(inside, z * z, 0.0), 1)
     d = z - origin(maximum)[:, None]
     shift_sum = tl.sum(tl.where(inside, d, 0.0), 1)
@@ -190,9 +189,10 @@ def _statistics(
         target_shift = tl.sum(tl.where(b == 0, 0.0, b * d), 1)
         target_exp = tl.sum(b * e, 1)
         mass = tl.sum(b, 1)
+    sum_exp = tl.sum(e, 1)
     tile = Partial(
-        tl.where(place < 0, float("nan"), maximum),
-        tl.sum(e, 1),
+        tl.where(sum_exp != sum_exp, float("nan"), maximum),
+        sum_exp,
         tl.sum(e * tl.where(d < LOG_ZERO, LOG_ZERO, d), 1),
         tl.sum(e * e, 1),
         target_shift,
@@ -202,7 +202,7 @@ def _statistics(
         square_sum,
         zero + tl.maximum(last - first, 0),
     )
-    return tile, tl.where(place < 0, place + NO_COLUMN, place)
+    return tile, place
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -265,7 +265,18 @@ def stream_stats(
             column = at + tl.arange(0, BLOCK_N // PIECES)
             z = _finish(pieces[piece], bias, column, columns, logit_scale, softcap, CAPPED)
             tile, place = _statistics(
-                z, row, live, at, column, columns, target, target_prob, target_stride, offset, TARGET, TOPK_BLOCK
+                z,
+                row,
+                live,
+                at,
+                column,
+                columns,
+                target,
+                target_prob,
+                target_stride,
+                offset,
+                TARGET,
+                TOPK_BLOCK,
             )
             argmax = tl.where(takes_argmax(running.max, argmax, tile.max), place, argmax)
             running = merge(running, tile)
@@ -343,9 +354,7 @@ def stream_grad(
     TOPK_BLOCK: tl.constexpr,
 ):
     """dloss/draw of one tile of logits."""
-    row_block, piece = _grouped(
-        tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP
-    )
+    row_block, piece = _grouped(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
     first = piece * BLOCK_N
     product = _tile_logits(
         hidden,

@@ -71,7 +71,7 @@ def _find_triton() -> tuple[bool, str]:
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return True, "on the CPU too, by backend=\"triton\", as TRITON_INTERPRET=1"
+        return True, 'on the CPU too, by backend="triton", as TRITON_INTERPRET=1'
     return True, "on the CPU under TRITON_INTERPRET=1 only"
 
 

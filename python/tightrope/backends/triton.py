@@ -10,6 +10,8 @@ slowly, for tests and for people without a GPU.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import triton
@@ -19,6 +21,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..kernels import configs, rows, stream
 
 INTERPRETED = isinstance(rows.row_stats, triton.runtime.interpreter.InterpretedFunction)
+# Kinds of target, by the numbers of kernels/arithmetic.py.
+KINDS = ("none", "index", "dense", "topk")
 # The parts of stream_stats that exist at a time, in bytes.
 _PARTS_BYTES = 2**26
 
@@ -39,6 +43,17 @@ def _target(index, dense, topk_index, topk_prob) -> tuple[int, Tensor | None, Te
     if topk_index is not None:
         return 3, topk_index, topk_prob, topk_index.shape[1]
     return (0, None, None, 0) if index is None else (1, index, None, 0)
+
+
+@contextmanager
+def _rounded(out: Tensor) -> Iterator[Tensor]:
+    """Where a kernel writes what is to be rounded to out: the interpreter truncates bfloat16."""
+    if not (INTERPRETED and out.dtype == torch.bfloat16):
+        yield out
+        return
+    wide = torch.empty(out.shape, dtype=torch.float32)
+    yield wide
+    out.copy_(wide)
 
 
 def _power_of_two(n: int) -> int:
@@ -125,28 +140,29 @@ def row_grad(
     if count == 0 or columns == 0:
         return
     kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
-    rows.row_grad[(count, triton.cdiv(columns, configs.ROW_BLOCK))](
-        logits,
-        out,
-        norm,
-        coef,
-        target,
-        target_prob,
-        bias,
-        active,
-        count,
-        columns,
-        logits.stride(0),
-        out.stride(0),
-        target_stride,
-        offset,
-        float(logit_scale),
-        softcap or 0.0,
-        TARGET=kind,
-        CAPPED=softcap is not None,
-        BLOCK=configs.ROW_BLOCK,
-        num_warps=configs.ROW_WARPS,
-    )
+    with _rounded(out) as out:
+        rows.row_grad[(count, triton.cdiv(columns, configs.ROW_BLOCK))](
+            logits,
+            out,
+            norm,
+            coef,
+            target,
+            target_prob,
+            bias,
+            active,
+            count,
+            columns,
+            logits.stride(0),
+            out.stride(0),
+            target_stride,
+            offset,
+            float(logit_scale),
+            softcap or 0.0,
+            TARGET=kind,
+            CAPPED=softcap is not None,
+            BLOCK=configs.ROW_BLOCK,
+            num_warps=configs.ROW_WARPS,
+        )
 
 
 def serves_stream(hidden: Tensor, weight: Tensor) -> bool:
@@ -154,12 +170,12 @@ def serves_stream(hidden: Tensor, weight: Tensor) -> bool:
     return hidden.dtype == weight.dtype and hidden.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _operands(kernel: str, hidden: Tensor, weight: Tensor):
+def _operands(kernel: str, kind: int, hidden: Tensor, weight: Tensor):
     """(configuration, kernel arguments for both operands): descriptors where they can be had."""
     if INTERPRETED and hidden.dtype == torch.bfloat16:
         # The interpreter's tl.dot multiplies the bit patterns of bfloat16.
         hidden, weight = hidden.float(), weight.float()
-    config = architecture().stream(kernel, hidden.dtype.itemsize)
+    config = architecture().stream(kernel, KINDS[kind], hidden.dtype.itemsize)
     hidden, weight = (t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous() for t in (hidden, weight))
     strides = hidden.stride(0), weight.stride(0)
     if config.descriptors and all(_describable(t) for t in (hidden, weight)):
@@ -178,9 +194,7 @@ def _describable(tensor: Tensor) -> bool:
 def _tuned(kernel, config: configs.StreamConfig):
     """The kernel, timed on a few neighbours of its configuration when it first meets a shape."""
     candidates = [
-        triton.Config(
-            {"BLOCK_K": c.block_k, "GROUP": c.group}, num_warps=c.warps, num_stages=c.stages
-        )
+        triton.Config({"BLOCK_K": c.block_k, "GROUP": c.group}, num_warps=c.warps, num_stages=c.stages)
         for c in configs.neighbours(config)
     ]
     return triton.autotune(candidates, key=["columns", "width"])(kernel)
@@ -188,7 +202,7 @@ def _tuned(kernel, config: configs.StreamConfig):
 
 def _launch(kernel, config, hidden, grid, *arguments, **meta) -> None:
     meta.update(BLOCK_M=config.block_m, BLOCK_N=config.block_n, PIECES=config.pieces)
-    meta["TOPK_BLOCK"] = configs.TOPK_BLOCK
+    meta["TOPK_BLOCK"] = configs.STREAM_TOPK_BLOCK
     meta["DESCRIPTORS"] = isinstance(hidden, TensorDescriptor)
     # A descriptor is made for one BLOCK_K.
     if configs.autotuning() and not INTERPRETED and not meta["DESCRIPTORS"]:
@@ -224,7 +238,8 @@ def stream_stats(
     columns, width = weight.shape
     if hidden.shape[0] == 0 or columns == 0:
         return
-    config = architecture().stream("stream_stats", hidden.dtype.itemsize)
+    kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
+    config = architecture().stream("stream_stats", KINDS[kind], hidden.dtype.itemsize)
     tiles, splits = segments(columns, config)
     most = _PARTS_BYTES // (splits * 4 * (partial.shape[0] + 2)) // config.block_m * config.block_m
     most = max(most, config.block_m)
@@ -239,9 +254,8 @@ def stream_stats(
             partial[:, part] = known
         return
     count = hidden.shape[0]
-    config, hidden, weight, strides = _operands("stream_stats", hidden, weight)
+    config, hidden, weight, strides = _operands("stream_stats", kind, hidden, weight)
     parts, best = _new_parts(splits, count, partial)
-    kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
     _launch(
         stream.stream_stats,
         config,
@@ -289,30 +303,31 @@ def stream_grad(
     count, (columns, width) = hidden.shape[0], weight.shape
     if count == 0 or columns == 0:
         return
-    config, hidden, weight, strides = _operands("stream_grad", hidden, weight)
     kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
-    _launch(
-        stream.stream_grad,
-        config,
-        hidden,
-        triton.cdiv(count, config.block_m) * triton.cdiv(columns, config.block_n),
-        weight,
-        out,
-        norm,
-        coef,
-        target,
-        target_prob,
-        bias,
-        active,
-        count,
-        columns,
-        width,
-        *strides,
-        out.stride(0),
-        target_stride,
-        offset,
-        float(logit_scale),
-        softcap or 0.0,
-        TARGET=kind,
-        CAPPED=softcap is not None,
-    )
+    config, hidden, weight, strides = _operands("stream_grad", kind, hidden, weight)
+    with _rounded(out) as out:
+        _launch(
+            stream.stream_grad,
+            config,
+            hidden,
+            triton.cdiv(count, config.block_m) * triton.cdiv(columns, config.block_n),
+            weight,
+            out,
+            norm,
+            coef,
+            target,
+            target_prob,
+            bias,
+            active,
+            count,
+            columns,
+            width,
+            *strides,
+            out.stride(0),
+            target_stride,
+            offset,
+            float(logit_scale),
+            softcap or 0.0,
+            TARGET=kind,
+            CAPPED=softcap is not None,
+        )

@@ -116,9 +116,7 @@ def _backward(problem, chunk, logits, hidden, norm, coef, result) -> None:
     first = chunk.start == 0
     coef, undo = gemm.headroom(coef, problem.operand)
     if result.input is not None:
-        hidden_grad = (
-            result.input[chunk.where] if in_place else torch.empty_like(hidden, dtype=problem.dtype)
-        )
+        hidden_grad = result.input[chunk.where] if in_place else torch.empty_like(hidden, dtype=problem.dtype)
     for tile in problem.tiles:
         grad = problem.row_grad(logits[:, tile[0] : tile[1]], norm, coef, chunk, tile)
         if result.input is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+
 @dataclass(frozen=True)
 class Sizes:
     tile: int  # entries of the vocabulary in a tile
@@ -57,9 +58,7 @@ def stream_width(rows: int, vocab_size: int, itemsize: int, workspace: int, most
     return min(max(width, STREAM_STEP), most, vocab_size)
 
 
-def choose_strategy(
-    rows: int, vocab_size: int, itemsize: int, workspace: int, device: torch.device
-) -> str:
+def choose_strategy(rows: int, vocab_size: int, itemsize: int, workspace: int, device: torch.device) -> str:
     """Chunked (three GEMMs) where the workspace holds chunks of good size, else streaming (four).
 
     ``rows`` counts ignored rows too, so that the choice needs nothing from the device.
