@@ -43,7 +43,7 @@ bench: $(VENV)/.built  ## time a training step's loss on the CPU, beside eager a
 build: $(VENV)/.built  ## compile the extension in place
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist python/*.egg-info python/tightrope/*.so
+	rm -rf $(VENV) build dist *.egg-info python/tightrope/*.so
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

@@ -26,6 +26,9 @@ INSTRUCTION_SETS = {
     ],
 }
 
+# What PyTorch's and gcc 12's own headers warn of: unknown pragmas, undefined AVX512 registers.
+QUIET = ["-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+
 
 def fail(missing: str, remedy: str) -> None:
     sys.exit(
@@ -61,8 +64,18 @@ def extensions() -> dict:
             CppExtension(
                 f"tightrope._C_{name}",
                 [f"csrc/cpu/ext_{name}.cpp"],
-                depends=["csrc/row_math.h", "csrc/cpu/rows.h", "csrc/cpu/extension.h"],
-                extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", *threads, *flags],
+                depends=[
+                    "csrc/row_math.h",
+                    *(f"csrc/cpu/{h}.h" for h in ("common", "rows", "columns", "extension")),
+                ],
+                extra_compile_args=[
+                    "-O3",
+                    "-std=c++20",
+                    "-fvisibility=hidden",
+                    *QUIET,
+                    *threads,
+                    *flags,
+                ],
             )
         )
     return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExtension}}

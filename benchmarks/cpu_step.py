@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,8 +103,8 @@ def timed(candidates: dict[str, Callable[[], None]], rounds: int) -> dict[str, l
             begin = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - begin)
-        print(f"  round {done + 1} of {rounds}", end="\r", flush=True)
-    print(" " * 24, end="\r")
+        print(f"  round {done + 1} of {rounds}", end="\r", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
     return seconds
 
 
@@ -136,7 +137,8 @@ def main() -> None:
     shape = (args.rows, args.dim, args.vocab)
     loaded = next(b["detail"] for b in backends.describe() if b["backend"] == "cpu")
     print(
-        f"N {args.rows}, D {args.dim}, V {args.vocab}, float32, balance {BALANCE}; torch {torch.__version__}, "
+        f"N {args.rows}, D {args.dim}, V {args.vocab}, float32, balance {BALANCE}; "
+        f"torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, {loaded}"
     )
     seconds = timed(Step(*shape).candidates(), args.rounds)

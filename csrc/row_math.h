@@ -31,8 +31,9 @@ struct Partial {
   T shift_sum = 0;       // sum d
   T square_sum = 0;      // sum z^2
   T count = 0;           // entries seen
+  T logit_sum = 0;       // sum z: shift_sum + count * max would cancel
 };
-constexpr int kPartialFields = 10;
+constexpr int kPartialFields = 11;
 
 // The seven scalars of a row's gradient; the order is the layout of the `coef` tensors.
 template <class V>
@@ -72,6 +73,7 @@ TIGHTROPE_HD Partial<T> merge(const Partial<T>& a, const Partial<T>& b) {
   out.shift_sum = (a.shift_sum + shift_a * a.count) + (b.shift_sum + shift_b * b.count);
   out.square_sum = a.square_sum + b.square_sum;
   out.count = a.count + b.count;
+  out.logit_sum = a.logit_sum + b.logit_sum;
   return out;
 }
 

@@ -35,6 +35,7 @@ class Partial(NamedTuple):
     shift_sum: tl.tensor
     square_sum: tl.tensor
     count: tl.tensor
+    logit_sum: tl.tensor
 
 
 class Coefficients(NamedTuple):
@@ -74,6 +75,7 @@ def rebase(part, maximum):
         part.shift_sum + shift * part.count,
         part.square_sum,
         part.count,
+        part.logit_sum,
     )
 
 
@@ -95,6 +97,7 @@ def merge(a, b):
         a.shift_sum + b.shift_sum,
         a.square_sum + b.square_sum,
         a.count + b.count,
+        a.logit_sum + b.logit_sum,
     )
 
 
@@ -204,6 +207,7 @@ def load_partial(partial, at, rows, mask):
         tl.load(partial + 7 * rows + at, mask=mask, other=0.0),
         tl.load(partial + 8 * rows + at, mask=mask, other=0.0),
         tl.load(partial + 9 * rows + at, mask=mask, other=0.0),
+        tl.load(partial + 10 * rows + at, mask=mask, other=0.0),
     )
 
 

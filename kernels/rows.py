@@ -50,7 +50,7 @@ def _load_logits(
 @triton.jit(do_not_specialize=_VARYING)
 def row_stats(
     logits,  # [rows, columns], row stride logits_stride
-    parts,  # out [splits, 10, rows]
+    parts,  # out [splits, 11, rows]
     best,  # out [splits, rows] int64: the argmax of each part, counted from the start of the vocabulary
     target,  # [rows] index, [rows, columns] dense, or [rows, K] indices; None
     target_prob,  # [rows, K] of a top-k target; else None
@@ -81,7 +81,7 @@ def row_stats(
     first = tl.program_id(1) * BLOCK * BLOCKS
     last = tl.minimum(first + BLOCK * BLOCKS, columns)
     zero = tl.full((1,), 0.0, DTYPE)
-    running = Partial(zero - float("inf"), zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    running = Partial(zero - float("inf"), zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
     argmax = tl.full((1,), -1, tl.int64)
     for start in range(first, last, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -112,6 +112,7 @@ def row_stats(
             zero + tl.sum(seen, 0),
             zero + tl.sum(valued * valued, 0),
             zero + tl.sum(inside.to(DTYPE), 0),
+            zero + tl.sum(valued, 0),
         )
         place = tl.where(place < 0, place + NO_COLUMN, place).to(tl.int64)
         argmax = tl.where(takes_argmax(running.max, argmax, block.max), place + offset, argmax)
@@ -146,6 +147,7 @@ def row_stats(
             running.shift_sum,
             running.square_sum,
             running.count,
+            running.logit_sum,
         )
     one = row + tl.zeros((1,), tl.int64)
     everything = tl.full((1,), True, tl.int1)
@@ -155,9 +157,9 @@ def row_stats(
 
 @triton.jit(do_not_specialize=_VARYING)
 def merge_parts(
-    parts,  # [splits, 10, rows]
+    parts,  # [splits, 11, rows]
     best,  # [splits, rows]
-    partial,  # in and out [10, rows]
+    partial,  # in and out [11, rows]
     argmax,  # in and out [rows]
     active,  # [rows] or None: the parts of other rows were not written
     rows,
@@ -194,6 +196,7 @@ def merge_parts(
         tl.sum(part.shift_sum, 0),
         tl.sum(part.square_sum, 0),
         tl.sum(part.count, 0),
+        tl.sum(part.logit_sum, 0),
     )
     known = load_partial(partial, row, rows, wanted)
     known_best = tl.load(argmax + row, mask=wanted, other=0)

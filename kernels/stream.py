@@ -159,7 +159,8 @@ def _statistics(
     maximum = tl.max(z, 1)
     # The first maximum, or a NaN before it: one comparison for both.
     place = tl.min(tl.where(z < maximum[:, None], NO_COLUMN, column[None, :]), 1)
-    square_sum = tl.sum(tl.where(inside, z * z, 0.0), 1)
+    valued = tl.where(inside, z, 0.0)
+    logit_sum, square_sum = tl.sum(valued, 1), tl.sum(valued * valued, 1)
     d = z - origin(maximum)[:, None]
     shift_sum = tl.sum(tl.where(inside, d, 0.0), 1)
     zero = tl.zeros(row.shape, tl.float32)
@@ -201,6 +202,7 @@ def _statistics(
         shift_sum,
         square_sum,
         zero + tl.maximum(last - first, 0),
+        logit_sum,
     )
     return tile, place
 
@@ -209,7 +211,7 @@ def _statistics(
 def stream_stats(
     hidden,  # [rows, width], or its descriptor
     weight,  # [columns, width], or its descriptor
-    parts,  # out [splits, 10, rows]
+    parts,  # out [splits, 11, rows]
     best,  # out [splits, rows] int64: the argmax of each part, counted from the start of the vocabulary
     target,  # [rows] index, [rows, columns] dense, or [rows, K] sorted indices; None
     target_prob,  # [rows, K] of a top-k target; else None
@@ -240,7 +242,7 @@ def stream_stats(
     row = row_block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < rows
     zero = tl.zeros((BLOCK_M,), tl.float32)
-    running = Partial(zero - float("inf"), zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    running = Partial(zero - float("inf"), zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
     argmax = tl.full((BLOCK_M,), -1, tl.int32)
     segment = split * tiles * BLOCK_N
     for first in range(segment, tl.minimum(segment + tiles * BLOCK_N, columns), BLOCK_N):

@@ -1,5 +1,11 @@
 """Settings of every test: few threads, no compiled caches shared with other runs, quick hypothesis."""
 
+import os
+
+# Idle threads sleep instead of spinning: on a busy machine spinning makes tiny loops a hundred times
+# slower. OpenMP reads it when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -22,3 +28,9 @@ def _restore_global_state():
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def one_thread(_restore_global_state):
+    """For tests of many tiny problems, where thread teams would cost more than the work."""
+    torch.set_num_threads(1)

@@ -9,8 +9,9 @@ broadcasts to the tokens.
 from __future__ import annotations
 
 import torch
-from helpers import Problem, class_indices, dense, rand, randn, top_k
 from hypothesis import strategies as st
+
+from helpers import Problem, class_indices, dense, rand, randn, top_k
 
 VOCABULARIES = (1, 2, 3, 7, 15, 16, 17, 31, 64, 127, 257, 1021, 1023, 1024, 1025, 2049, 3001)
 LEADS = ((), (1,), (2,), (13,), (2, 5), (3, 1, 2), (1, 7), (0,), (2, 0))
@@ -22,15 +23,15 @@ def strided(tensor: torch.Tensor, how: str) -> torch.Tensor:
     """The same values (or, for "expanded", the first row of them repeated) under other strides."""
     if how == "transposed" and tensor.dim() > 1:
         return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
-    if how == "sliced":
-        wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), float("nan"))
-        wide = wide.to(tensor.dtype)
+    if how == "sliced" and tensor.dim() > 0:
+        gap = 77 if not tensor.is_floating_point() else float("nan")
+        wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), gap)
         wide[..., 1::2] = tensor
         return wide[..., 1::2]
-    if how == "expanded" and tensor.dim() > 1 and tensor.shape[0] > 1:
+    if how == "expanded" and tensor.dim() > 0 and tensor.shape[0] > 1:
         return tensor[:1].expand(tensor.shape)
     if how == "strided_rows" and tensor.dim() > 1:
-        return torch.stack([tensor, torch.full_like(tensor, float("nan"))], -2).flatten(-3, -2)[..., ::2, :]
+        return torch.stack([tensor, tensor + 1], -2).flatten(-3, -2)[..., ::2, :]
     return tensor
 
 
@@ -38,7 +39,7 @@ STRIDES = st.sampled_from(["contiguous", "transposed", "sliced", "expanded", "st
 
 
 @st.composite
-def targets(draw, lead, vocab, dtype, seed, label=True):
+def targets(draw, lead, vocab, dtype, seed):
     """(target, options): class indices, distributions or top-k pairs, some of them ignored."""
     kind = draw(st.sampled_from(["index", "index", "int32", "dense", "top_k"]))
     ignore_index = draw(st.sampled_from([-100, -1, 0])) if vocab > 1 else -100
@@ -46,23 +47,26 @@ def targets(draw, lead, vocab, dtype, seed, label=True):
     options = {} if ignore_index == -100 else {"ignore_index": ignore_index}
     if kind == "dense":
         rows = torch.softmax(randn(*lead, vocab, seed=seed), -1) * draw(st.sampled_from([1.0, 1.5]))
-        return rows.to(draw(st.sampled_from([torch.float32, dtype]))), {}
+        return strided(rows.to(draw(st.sampled_from([torch.float32, dtype]))), draw(STRIDES)), {}
     if kind == "top_k":
         pairs = top_k(lead, vocab, k=draw(st.sampled_from([1, 3])), seed=seed)
         dropped = rand(*pairs.indices.shape, seed=seed + 1) < ignored * 0.7
-        return pairs._replace(indices=pairs.indices.masked_fill(dropped, ignore_index)), options
+        indices = strided(pairs.indices.masked_fill(dropped, ignore_index), draw(STRIDES))
+        return pairs._replace(indices=indices), options
     target = class_indices(lead, vocab, seed=seed, ignored=ignored, ignore_index=ignore_index)
-    return target.to(torch.int32 if kind == "int32" else torch.int64), options
+    target = target.to(torch.int32 if kind == "int32" else torch.int64)
+    return strided(target, draw(STRIDES)), options
 
 
 @st.composite
 def per_token(draw, lead, seed):
-    """A tensor of [0, 1) of the tokens' shape, or one that broadcasts to it."""
+    """Numbers in [1/4, 1) in the tokens' shape, or in one that broadcasts to it."""
     shape = lead
     if draw(st.booleans()):
         shape = tuple(n if draw(st.booleans()) else 1 for n in lead)
         shape = shape[draw(st.integers(0, len(shape))) :]
-    return rand(*shape, seed=seed, dtype=draw(st.sampled_from([torch.float32, torch.float64])))
+    values = rand(*shape, seed=seed, dtype=draw(st.sampled_from([torch.float32, torch.float64])))
+    return 0.25 + 0.75 * values
 
 
 @st.composite

@@ -10,10 +10,11 @@ import itertools
 
 import pytest
 import torch
-from helpers import BACKENDS, STRATEGIES, class_indices, rand, randn, top_k
 
 import tightrope
+from helpers import BACKENDS, STRATEGIES, class_indices, rand, randn, top_k
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 N, V, D = 4, 7, 3
 REALITY = ["cross_entropy", "squared_error"]
 CREATIVITY = ["entropy", "collision"]
@@ -25,12 +26,6 @@ everywhere = pytest.mark.parametrize(
         for backend, strategy in itertools.product(BACKENDS, STRATEGIES)
     ],
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Thread teams cost more than such tiny problems; conftest restores the number."""
-    torch.set_num_threads(1)
 
 
 def double(*shape, seed):
@@ -97,12 +92,12 @@ def test_terms(reality, creativity, reduction, backend, strategy):
 
 
 SINGLE_TERMS = {
-    "cross_entropy": dict(),
-    "squared_error": dict(reality="squared_error"),
-    "entropy": dict(balance=1.0),
-    "collision": dict(balance=1.0, creativity="collision"),
-    "z_loss": dict(balance=0.5, z_loss=1.0),
-    "logit_l2": dict(balance=0.5, logit_l2=1.0),
+    "cross_entropy": {},
+    "squared_error": {"reality": "squared_error"},
+    "entropy": {"balance": 1.0},
+    "collision": {"balance": 1.0, "creativity": "collision"},
+    "z_loss": {"balance": 0.5, "z_loss": 1.0},
+    "logit_l2": {"balance": 0.5, "logit_l2": 1.0},
 }
 
 
@@ -120,17 +115,17 @@ def test_single_terms(term, backend, strategy):
 
 
 OPTIONS = {
-    "softcap": dict(softcap=2.0),
-    "logit_scale": dict(logit_scale=0.6),
-    "scale_and_softcap": dict(logit_scale=1.7, softcap=3.0, logit_l2=0.1),
-    "label_smoothing": dict(label_smoothing=0.2),
-    "all_smoothed": dict(label_smoothing=1.0),
-    "float_balance": dict(balance=0.3),
-    "normalizer": dict(normalizer=2.5),
-    "tensor_normalizer": dict(normalizer=torch.tensor(2.5)),
-    "one_row_chunks": dict(workspace_mb=1e-5),
-    "masked_not_skipped": dict(skip_ignored=False),
-    "skipped": dict(skip_ignored=True),
+    "softcap": {"softcap": 2.0},
+    "logit_scale": {"logit_scale": 0.6},
+    "scale_and_softcap": {"logit_scale": 1.7, "softcap": 3.0, "logit_l2": 0.1},
+    "label_smoothing": {"label_smoothing": 0.2},
+    "all_smoothed": {"label_smoothing": 1.0},
+    "float_balance": {"balance": 0.3},
+    "normalizer": {"normalizer": 2.5},
+    "tensor_normalizer": {"normalizer": torch.tensor(2.5)},
+    "one_row_chunks": {"workspace_mb": 1e-5},
+    "masked_not_skipped": {"skip_ignored": False},
+    "skipped": {"skip_ignored": True},
 }
 
 
@@ -237,7 +232,7 @@ def floating_fields(stats):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["index", "dense", "top_k", None])
-@pytest.mark.parametrize("transform", [{}, dict(softcap=2.0, logit_scale=0.7)])
+@pytest.mark.parametrize("transform", [{}, {"softcap": 2.0, "logit_scale": 0.7}])
 def test_statistics(transform, kind, backend):
     """Every floating statistic is an output of its own, so each gets its own upstream gradient."""
     target = kind and targets()[kind]
@@ -259,7 +254,7 @@ def test_statistics_over_tiles_with_shift(backend):
     target = targets(lead, vocab)["index"]
 
     def function(**kw):
-        options = dict(shift=1, workspace_mb=1e-3, backend=backend)
+        options = {"shift": 1, "workspace_mb": 1e-3, "backend": backend}
         stats = tightrope.linear_vocab_stats(target=target, **kw, **options)
         scale = {"logit_sum": 1e-2, "logit_square_sum": 1e-3}
         return tuple(scale.get(name, 1) * x for name, x in zip(stats._fields, stats) if name != "argmax")
@@ -349,7 +344,7 @@ def test_user_loss_over_shifted_tokens(reduction, kind, backend, strategy):
 @everywhere
 def test_focal_with_defaults(backend, strategy):
     chosen = {name: tensors()[name] for name in ("input", "weight", "bias")}
-    options = dict(backend=backend, strategy=strategy)
+    options = {"backend": backend, "strategy": strategy}
 
     def function(**kw):
         return tightrope.linear_vocab_loss(target=targets()["index"], loss_fn=focal, **kw, **options)

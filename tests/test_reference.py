@@ -10,8 +10,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import class_indices, dense, plain, rand, randn, top_k
 
+from helpers import class_indices, dense, plain, rand, randn, top_k
 from tightrope import reference
 
 N, V = 11, 23
@@ -28,7 +28,7 @@ def assert_equal(actual, expected):
 @pytest.mark.parametrize("ignore_index", [-100, 3])
 def test_cross_entropy_of_class_indices(reduction, label_smoothing, ignore_index):
     target = TARGET.masked_fill(TARGET == -100, ignore_index)
-    options = dict(reduction=reduction, label_smoothing=label_smoothing, ignore_index=ignore_index)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
     actual = reference.reality_creativity_loss(LOGITS, target, **options)
     assert_equal(actual, F.cross_entropy(LOGITS, target, **options))
 
@@ -37,7 +37,7 @@ def test_cross_entropy_of_class_indices(reduction, label_smoothing, ignore_index
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_cross_entropy_of_distributions(reduction, label_smoothing):
     target = torch.softmax(randn(N, V, seed=3, dtype=torch.float64), -1) * 1.5  # sums to 1.5
-    options = dict(reduction=reduction, label_smoothing=label_smoothing)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
     actual = reference.reality_creativity_loss(LOGITS, target, **options)
     assert_equal(actual, F.cross_entropy(LOGITS, target, **options))
 
@@ -127,10 +127,10 @@ def test_creativity_and_regularisers_by_hand(creativity):
     row, balance = [0.5, -1.0, 2.0], 0.3
     p = softmax_by_hand(row)
     lse = math.log(sum(math.exp(x) for x in row))
-    if creativity == "entropy":
-        creative = sum(x * math.log(x) for x in p)
-    else:
-        creative = math.log(sum(x * x for x in p))
+    creative = {
+        "entropy": sum(x * math.log(x) for x in p),
+        "collision": math.log(sum(x * x for x in p)),
+    }[creativity]
     expected = (1 - balance) * -math.log(p[1]) + balance * creative
     expected += 0.1 * lse**2 + 0.05 / 2 * sum(x * x for x in row)
     actual = reference.reality_creativity_loss(
@@ -170,7 +170,7 @@ def test_shift_scores_against_the_later_target(kind, shift):
         "top_k": plain(top_k((2, 5), V, seed=5, dtype=torch.float64)),
     }[kind]
     later = tuple(x[:, shift:] for x in target) if kind == "top_k" else target[:, shift:]
-    options = dict(reality="squared_error", balance=0.4, reduction="none")
+    options = {"reality": "squared_error", "balance": 0.4, "reduction": "none"}
     shifted = reference.reality_creativity_loss(logits, target, shift=shift, **options)
     sliced = reference.reality_creativity_loss(logits[:, : 5 - shift], later, **options)
     assert_equal(shifted[:, : 5 - shift], sliced)
@@ -196,7 +196,7 @@ def test_an_empty_mean_is_zero():
 
 def test_balance_of_each_token():
     balance = rand(N, seed=7, dtype=torch.float64)
-    options = dict(reduction="none")
+    options = {"reduction": "none"}
     mixed = reference.reality_creativity_loss(LOGITS, TARGET, balance=balance, **options)
     real = reference.reality_creativity_loss(LOGITS, TARGET, balance=0.0, **options)
     creative = reference.reality_creativity_loss(LOGITS, TARGET, balance=1.0, **options)

@@ -64,9 +64,9 @@ def check(problem):
         if name == "argmax":
             assert torch.equal(value[live], exact)
             continue
-        judge(value[live], exact, rough_stats[name][live], rounding(problem, name, exact), name)
+        judge(value[live], exact, rough_stats[name][live], rounding(problem, exact), name)
     if grad.isfinite().all():
-        judge(out[live], grad[live], rough_grad[live], rounding(problem, "gradient", grad), "gradient")
+        judge(out[live], grad[live], rough_grad[live], rounding(problem, grad), "gradient")
     if problem.active is not None:
         assert (out[~problem.active] == 0).all()
         assert torch.isneginf(partial[0, ~problem.active]).all(), "a row that does not count was touched"

@@ -60,9 +60,9 @@ def check(problem):
         if name == "argmax":
             assert torch.equal(value[live], exact)
             continue
-        judge(value[live], exact, rough_stats[name][live], rounding(problem, name, exact), name)
+        judge(value[live], exact, rough_stats[name][live], rounding(problem, exact), name)
     if grad.isfinite().all():
-        scale = rounding(problem, "gradient", grad)
+        scale = rounding(problem, grad)
         if hidden.dtype == torch.float32:
             judge(out[live], grad[live], rough_grad[live], scale, "gradient")
         else:

@@ -134,12 +134,10 @@ def truth(problem: Case, dtype=torch.float64) -> tuple[dict[str, Tensor], Tensor
     )[0]
 
 
-def rounding(problem: Case, name: str, exact: Tensor) -> float:
+def rounding(problem: Case, exact: Tensor) -> float:
     """The size of the terms that a statistic is summed from: what float32 rounds."""
     largest = problem.transformed(problem.raw()).abs().nan_to_num(posinf=0).max().item()
-    # The sum of logits is kept as V times the maximum and the differences from it.
-    terms = problem.weight.shape[0] * largest if name == "logit_sum" else largest
-    return 1 + terms + exact.abs().nan_to_num(posinf=0).max().item()
+    return 1 + largest + exact.abs().nan_to_num(posinf=0).max().item()
 
 
 def summary_of(problem: Case, partial: Tensor) -> Tensor:

@@ -7,12 +7,14 @@
 #pragma once
 
 #include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
 #include <optional>
 
+#include "columns.h"
 #include "rows.h"
 
 namespace tightrope::cpu {
@@ -32,11 +34,27 @@ const U* pointer(const OptionalTensor& t) {
   return t.has_value() ? t->const_data_ptr<U>() : nullptr;
 }
 
-inline void check_logits(const Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() == 2, name, " has ", t.dim(), " dimensions, expected 2: rows, entries");
+inline bool has_adjacent_entries(const Tensor& t) {
+  return t.size(1) <= 1 || t.stride(1) == 1;
+}
+inline bool has_adjacent_rows(const Tensor& t) {
+  return t.size(0) <= 1 || t.stride(0) == 1;
+}
+
+// Whether the columns of `logits`, and of `out` with it, are contiguous; otherwise the rows are.
+inline bool is_transposed(const Tensor& logits, const Tensor& out) {
   TORCH_CHECK_VALUE(
-      t.size(1) <= 1 || t.stride(1) == 1, name, " has stride ", t.stride(1),
-      " between entries, expected 1");
+      logits.dim() == 2, "logits has ", logits.dim(), " dimensions, expected 2: rows, entries");
+  TORCH_CHECK_VALUE(
+      out.sizes() == logits.sizes(), "out has shape ", out.sizes(), ", expected ", logits.sizes());
+  TORCH_CHECK_TYPE(
+      out.scalar_type() == logits.scalar_type(), "out is ", out.scalar_type(), ", expected ",
+      logits.scalar_type());
+  if (has_adjacent_entries(logits) && has_adjacent_entries(out)) return false;
+  TORCH_CHECK_VALUE(
+      has_adjacent_rows(logits) && has_adjacent_rows(out), "logits and out have strides ",
+      logits.strides(), " and ", out.strides(), ", expected 1 in the same dimension");
+  return true;
 }
 
 template <class T>
@@ -48,10 +66,14 @@ Targets<T> make_targets(
                  pointer<int64_t>(topk_index), pointer<T>(topk_prob), 0};
   if (index.has_value()) check(*index, "index", {rows}, at::kLong);
   if (dense.has_value()) {
-    check_logits(*dense, "dense");
     TORCH_CHECK_VALUE(
-        dense->size(0) == rows && dense->size(1) == cols, "dense has shape ", dense->sizes(),
-        ", expected [", rows, ", ", cols, "]");
+        dense->dim() == 2 && dense->size(0) == rows && dense->size(1) == cols, "dense has shape ",
+        dense->sizes(), ", expected [", rows, ", ", cols, "]");
+    TORCH_CHECK_VALUE(
+        has_adjacent_entries(*dense), "dense has strides ", dense->strides(),
+        ", expected 1 between entries");
+    TORCH_CHECK_TYPE(
+        dense->scalar_type() == type, "dense is ", dense->scalar_type(), ", expected ", type);
     out.dense_stride = dense->stride(0);
   }
   TORCH_CHECK_VALUE(
@@ -80,7 +102,7 @@ void row_stats_op(
     const OptionalTensor& index, const OptionalTensor& dense, const OptionalTensor& topk_index,
     const OptionalTensor& topk_prob, const OptionalTensor& bias, const OptionalTensor& active,
     double logit_scale, std::optional<double> softcap) {
-  check_logits(logits, "logits");
+  const bool transposed = is_transposed(logits, logits);
   const int64_t rows = logits.size(0), cols = logits.size(1);
   check(argmax, "argmax", {rows}, at::kLong);
   check_active(active, rows);
@@ -88,8 +110,9 @@ void row_stats_op(
       at::kHalf, at::kBFloat16, logits.scalar_type(), "tightrope::row_stats", [&] {
         using T = at::opmath_type<scalar_t>;
         check(partial, "partial", {kPartialFields, rows}, c10::CppTypeToScalarType<T>::value);
-        row_stats<scalar_t, T>(
-            logits.const_data_ptr<scalar_t>(), logits.stride(0), rows, cols, offset,
+        const auto kernel = transposed ? column_stats<scalar_t, T> : row_stats<scalar_t, T>;
+        kernel(
+            logits.const_data_ptr<scalar_t>(), logits.stride(transposed), rows, cols, offset,
             make_transform<T>(cols, bias, logit_scale, softcap),
             make_targets<T>(rows, cols, index, dense, topk_index, topk_prob), pointer<bool>(active),
             partial.data_ptr<T>(), argmax.data_ptr<int64_t>());
@@ -101,14 +124,8 @@ void row_grad_op(
     const OptionalTensor& index, const OptionalTensor& dense, const OptionalTensor& topk_index,
     const OptionalTensor& topk_prob, const OptionalTensor& bias, const OptionalTensor& active,
     double logit_scale, std::optional<double> softcap) {
-  check_logits(logits, "logits");
-  check_logits(out, "out");
+  const bool transposed = is_transposed(logits, out);
   const int64_t rows = logits.size(0), cols = logits.size(1);
-  TORCH_CHECK_VALUE(
-      out.sizes() == logits.sizes(), "out has shape ", out.sizes(), ", expected ", logits.sizes());
-  TORCH_CHECK_TYPE(
-      out.scalar_type() == logits.scalar_type(), "out is ", out.scalar_type(), ", expected ",
-      logits.scalar_type());
   check_active(active, rows);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, logits.scalar_type(), "tightrope::row_grad", [&] {
@@ -116,9 +133,11 @@ void row_grad_op(
         constexpr auto type = c10::CppTypeToScalarType<T>::value;
         check(norm, "norm", {2, rows}, type);
         check(coef, "coef", {kCoefficients, rows}, type);
-        row_grad<scalar_t, T>(
-            logits.const_data_ptr<scalar_t>(), logits.stride(0), out.data_ptr<scalar_t>(),
-            out.stride(0), rows, cols, offset, make_transform<T>(cols, bias, logit_scale, softcap),
+        const auto kernel = transposed ? column_grad<scalar_t, T> : row_grad<scalar_t, T>;
+        kernel(
+            logits.const_data_ptr<scalar_t>(), logits.stride(transposed), out.data_ptr<scalar_t>(),
+            out.stride(transposed), rows, cols, offset,
+            make_transform<T>(cols, bias, logit_scale, softcap),
             make_targets<T>(rows, cols, index, dense, topk_index, topk_prob), pointer<bool>(active),
             norm.const_data_ptr<T>(), coef.const_data_ptr<T>());
       });

@@ -1,4 +1,5 @@
-// Row statistics and row gradients on a CPU, vectorised over a row and threaded over rows.
+// Row statistics and row gradients of tiles whose rows are contiguous: the lanes of a vector are
+// the entries of a row.
 //
 // A row is taken in blocks that fit the first-level cache: one pass converts, transforms and finds
 // the block's maximum, a second one sums, and the block then merges into the row by the rule of
@@ -7,56 +8,12 @@
 // number of threads.
 #pragma once
 
-#include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <optional>
-
-#include "../row_math.h"
+#include "common.h"
 
 namespace tightrope::cpu {
-// Inline symbols must differ between the builds for each instruction set, which share one process.
 inline namespace CPU_CAPABILITY {
 
-using at::vec::Vectorized;
-
-constexpr int64_t kBlock = 1024;
-
-// How raw values become logits: z = softcap * tanh(logit_scale * (x + bias) / softcap).
-template <class T>
-struct Transform {
-  const T* bias;  // [cols] or null
-  T logit_scale;
-  T softcap;  // 0: none
-};
-
-// The part of the targets that meets columns [offset, offset + cols); one of three kinds, or none.
-template <class T>
-struct Targets {
-  const int64_t* index;  // [rows]: class of each row, in the whole vocabulary
-  const T* dense;        // [rows, cols], row stride dense_stride
-  int64_t dense_stride;
-  const int64_t* topk_index;  // [rows, topk]
-  const T* topk_prob;         // [rows, topk]
-  int64_t topk;
-
-  // Calls f(column in the block, mass) for each sparse target of `row` in [first, first + n).
-  template <class F>
-  void for_sparse(int64_t row, int64_t first, int64_t n, F f) const {
-    if (index != nullptr) {
-      const int64_t column = index[row] - first;
-      if (column >= 0 && column < n) f(column, T(1));
-    }
-    for (int64_t k = row * topk; k < (row + 1) * topk; ++k) {
-      const int64_t column = topk_index[k] - first;
-      if (column >= 0 && column < n && topk_prob[k] != T(0)) f(column, topk_prob[k]);
-    }
-  }
-};
+constexpr int64_t kRowBlock = 1024;
 
 template <class T>
 T horizontal_sum(const Vectorized<T>& v) {
@@ -65,23 +22,20 @@ T horizontal_sum(const Vectorized<T>& v) {
 
 // Converts n raw values to logits in `z` and returns their maximum (NaN if any is NaN).
 template <class scalar_t, class T>
-T load_block(const scalar_t* raw, int64_t first, int64_t n, const Transform<T>& transform, T* z) {
+T load_row_block(
+    const scalar_t* raw, int64_t first, int64_t n, const Transform<T>& transform, T* z) {
   using Vec = Vectorized<T>;
   constexpr int64_t kLanes = Vec::size();
   at::vec::convert(raw + first, z, n);
-  const Vec lowest(-std::numeric_limits<T>::infinity());
-  const Vec scale(transform.logit_scale), cap(transform.softcap);
-  const Vec inverse_cap(transform.softcap == T(0) ? T(0) : T(1) / transform.softcap);
-  const bool plain =
-      transform.bias == nullptr && transform.logit_scale == T(1) && transform.softcap == T(0);
+  const Vec zero(T(0)), lowest(-std::numeric_limits<T>::infinity());
+  const bool identity = transform.is_identity();
   Vec maximum = lowest;
   for (int64_t j = 0; j < n; j += kLanes) {
     const int64_t lanes = std::min(kLanes, n - j);
     Vec v = Vec::loadu(z + j, lanes);
-    if (!plain) {
-      if (transform.bias != nullptr) v = v + Vec::loadu(transform.bias + first + j, lanes);
-      v = v * scale;
-      if (transform.softcap != T(0)) v = cap * (v * inverse_cap).tanh();
+    if (!identity) {
+      const T* bias = transform.bias;
+      v = transform.apply(v, bias == nullptr ? zero : Vec::loadu(bias + first + j, lanes));
       v.store(z + j, lanes);
     }
     if (lanes < kLanes) v = Vec::set(lowest, v, lanes);
@@ -93,94 +47,61 @@ T load_block(const scalar_t* raw, int64_t first, int64_t n, const Transform<T>& 
 // Statistics of one block of logits whose maximum is known. `dense` is the block's dense target, or
 // null.
 template <class T>
-Partial<T> block_statistics(const T* z, int64_t n, T max, const T* dense) {
+Partial<T> row_block_statistics(const T* z, int64_t n, T max, const T* dense) {
   using Vec = Vectorized<T>;
   constexpr int64_t kLanes = Vec::size();
-  const Vec zero(T(0)), lowest(-std::numeric_limits<T>::infinity());
-  const Vec shift(origin(max)), log_zero(static_cast<T>(kLogZero));
-  Vec sum_exp(T(0)), sum_exp_shift(T(0)), sum_exp_square(T(0)), shift_sum(T(0)), square_sum(T(0));
-  Vec target_shift(T(0)), target_exp(T(0)), target_mass(T(0));
+  const Vec zero(T(0)), lowest(-std::numeric_limits<T>::infinity()), shift(origin(max));
+  Sums<T> sums;
   for (int64_t j = 0; j < n; j += kLanes) {
     const int64_t lanes = std::min(kLanes, n - j);
-    Vec v = Vec::loadu(z + j, lanes);  // lanes past the end read 0
-    square_sum = at::vec::fmadd(v, v, square_sum);
-    Vec d = v - shift;
-    if (lanes == kLanes) {
-      shift_sum = shift_sum + d;
-    } else {
-      shift_sum = shift_sum + Vec::set(zero, d, lanes);
+    const Vec v = Vec::loadu(z + j, lanes);  // lanes past the end read 0
+    Vec d = v - shift, counted = d;
+    if (lanes < kLanes) {
+      counted = Vec::set(zero, d, lanes);
       d = Vec::set(lowest, d, lanes);
     }
-    const Vec e = d.exp();
-    sum_exp = sum_exp + e;
-    sum_exp_shift = at::vec::fmadd(e, at::vec::maximum(d, log_zero), sum_exp_shift);
-    sum_exp_square = at::vec::fmadd(e, e, sum_exp_square);
-    if (dense != nullptr) {
-      const Vec b = Vec::loadu(dense + j, lanes);
-      target_shift = at::vec::fmadd(b, Vec::blendv(d, zero, b == zero), target_shift);
-      target_exp = at::vec::fmadd(b, e, target_exp);
-      target_mass = target_mass + b;
-    }
+    const Vec e = sums.add(v, counted, d);
+    if (dense != nullptr) sums.add_target(Vec::loadu(dense + j, lanes), d, e);
   }
-  Partial<T> out;
-  out.max = max;
-  out.sum_exp = horizontal_sum(sum_exp);
-  out.sum_exp_shift = horizontal_sum(sum_exp_shift);
-  out.sum_exp_square = horizontal_sum(sum_exp_square);
-  out.target_shift = horizontal_sum(target_shift);
-  out.target_exp = horizontal_sum(target_exp);
-  out.target_mass = horizontal_sum(target_mass);
-  out.shift_sum = horizontal_sum(shift_sum);
-  out.square_sum = horizontal_sum(square_sum);
-  out.count = static_cast<T>(n);
-  return out;
-}
-
-// First position of the block's maximum; of its first NaN if it has one.
-template <class T>
-int64_t first_maximum(const T* z, int64_t n, T max) {
-  for (int64_t j = 0; j < n; ++j) {
-    if (z[j] == max || z[j] != z[j]) return j;
-  }
-  return 0;
+  return {
+      max,
+      horizontal_sum(sums.exp),
+      horizontal_sum(sums.exp_shift),
+      horizontal_sum(sums.exp_square),
+      horizontal_sum(sums.target_shift),
+      horizontal_sum(sums.target_exp),
+      horizontal_sum(sums.target_mass),
+      horizontal_sum(sums.shift),
+      horizontal_sum(sums.square),
+      static_cast<T>(n)};
 }
 
 // Merges the statistics of logits [rows, cols], row stride `stride`, into partial [kPartialFields,
 // rows] and argmax [rows] (-1: none yet). Column 0 is entry `offset` of the vocabulary. Rows with
-// active[i] false are neither read nor written.
+// active[i] false keep what they have.
 template <class scalar_t, class T>
 void row_stats(
     const scalar_t* logits, int64_t stride, int64_t rows, int64_t cols, int64_t offset,
     const Transform<T>& transform, const Targets<T>& targets, const bool* active, T* partial,
     int64_t* argmax) {
-  const int64_t grain = std::max<int64_t>(1, 16 * kBlock / std::max<int64_t>(cols, 1));
-  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    alignas(64) T z[kBlock];
+  at::parallel_for(0, rows, grain_size(cols), [&](int64_t begin, int64_t end) {
+    alignas(64) T z[kRowBlock];
     for (int64_t i = begin; i < end; ++i) {
       if (active != nullptr && !active[i]) continue;
-      Partial<T> row;
-      T* const field = reinterpret_cast<T*>(&row);
-      for (int f = 0; f < kPartialFields; ++f) field[f] = partial[f * rows + i];
-      int64_t best = argmax[i];
-      for (int64_t first = 0; first < cols; first += kBlock) {
-        const int64_t n = std::min(kBlock, cols - first);
-        const T max = load_block(logits + i * stride, first, n, transform, z);
-        const T* dense =
-            targets.dense == nullptr ? nullptr : targets.dense + i * targets.dense_stride + first;
-        Partial<T> block = block_statistics(z, n, max, dense);
+      Partial<T> row = load_partial(partial, rows, i);
+      for (int64_t first = 0; first < cols; first += kRowBlock) {
+        const int64_t n = std::min(kRowBlock, cols - first);
+        const T max = load_row_block(logits + i * stride, first, n, transform, z);
+        Partial<T> block = row_block_statistics(z, n, max, targets.dense_from(i, first));
         targets.for_sparse(i, offset + first, n, [&](int64_t column, T mass) {
-          const T d = z[column] - origin(max);
-          block.target_shift += mass * d;
-          block.target_exp += mass * std::exp(d);
-          block.target_mass += mass;
+          Sums<T>::add_sparse(block, mass, z[column] - origin(max));
         });
-        if (best < 0 || max > row.max || (max != max && row.max == row.max)) {
-          best = offset + first + first_maximum(z, n, max);
+        if (is_new_maximum(argmax[i], max, row.max)) {
+          argmax[i] = offset + first + first_maximum(z, n, 1, max);
         }
         row = merge(row, block);
       }
-      for (int f = 0; f < kPartialFields; ++f) partial[f * rows + i] = field[f];
-      argmax[i] = best;
+      store_partial(row, partial, rows, i);
     }
   });
 }
@@ -195,12 +116,10 @@ void row_grad(
     const bool* active, const T* norm, const T* coef) {
   using Vec = Vectorized<T>;
   constexpr int64_t kLanes = Vec::size();
-  const int64_t grain = std::max<int64_t>(1, 16 * kBlock / std::max<int64_t>(cols, 1));
-  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    alignas(64) T z[kBlock];
-    alignas(64) T g[kBlock];
-    const Vec log_zero(static_cast<T>(kLogZero)), scale(transform.logit_scale);
-    const T inverse_cap = transform.softcap == T(0) ? T(0) : T(1) / transform.softcap;
+  at::parallel_for(0, rows, grain_size(cols), [&](int64_t begin, int64_t end) {
+    alignas(64) T z[kRowBlock];
+    alignas(64) T g[kRowBlock];
+    const Vec log_zero(static_cast<T>(kLogZero));
     for (int64_t i = begin; i < end; ++i) {
       if (active != nullptr && !active[i]) {
         std::fill_n(out + i * out_stride, cols, scalar_t(0));
@@ -209,40 +128,34 @@ void row_grad(
       const T max = norm[i], log_sum = norm[rows + i];
       const auto value = [&](int k) { return coef[k * rows + i]; };
       const Coefficients<T> c{value(0), value(1), value(2), value(3), value(4), value(5), value(6)};
-      const Coefficients<Vec> vc{Vec(c.prob),    Vec(c.prob_log_prob), Vec(c.prob_square),
-                                 Vec(c.target),  Vec(c.target_prob),   Vec(c.logit),
-                                 Vec(c.constant)};
-      // Skipped when absent, not multiplied by zero: a masked entry has z = -inf.
-      const bool has_logit_term = c.logit != T(0) || c.constant != T(0);
-      for (int64_t first = 0; first < cols; first += kBlock) {
-        const int64_t n = std::min(kBlock, cols - first);
-        load_block(logits + i * stride, first, n, transform, z);
-        const T* dense =
-            targets.dense == nullptr ? nullptr : targets.dense + i * targets.dense_stride + first;
+      const Coefficients<Vec> lanes_c{Vec(c.prob),    Vec(c.prob_log_prob), Vec(c.prob_square),
+                                      Vec(c.target),  Vec(c.target_prob),   Vec(c.logit),
+                                      Vec(c.constant)};
+      for (int64_t first = 0; first < cols; first += kRowBlock) {
+        const int64_t n = std::min(kRowBlock, cols - first);
+        load_row_block(logits + i * stride, first, n, transform, z);
+        const T* dense = targets.dense_from(i, first);
         for (int64_t j = 0; j < n; j += kLanes) {
           const int64_t lanes = std::min(kLanes, n - j);
           const Vec v = Vec::loadu(z + j, lanes);
           const Vec log_p = (v - Vec(max)) - Vec(log_sum);
           const Vec p = log_p.exp();
-          Vec grad = prob_gradient(p, at::vec::maximum(log_p, log_zero), vc);
-          if (dense != nullptr) grad = grad + target_gradient(Vec::loadu(dense + j, lanes), p, vc);
-          if (has_logit_term) {
-            grad = grad + (c.logit == T(0) ? vc.constant : logit_gradient(v, vc));
-          }
+          Vec grad = prob_gradient(p, at::vec::maximum(log_p, log_zero), lanes_c);
+          if (dense != nullptr)
+            grad = grad + target_gradient(Vec::loadu(dense + j, lanes), p, lanes_c);
+          // z is left out where it is not asked for, not multiplied by zero: a masked entry has
+          // -inf.
+          grad = grad + (c.logit == T(0) ? lanes_c.constant : logit_gradient(v, lanes_c));
           grad.store(g + j, lanes);
         }
         targets.for_sparse(i, offset + first, n, [&](int64_t column, T mass) {
-          const T p = std::exp((z[column] - max) - log_sum);
-          g[column] += target_gradient(mass, p, c);
+          g[column] += target_gradient(mass, std::exp((z[column] - max) - log_sum), c);
         });
-        if (transform.logit_scale != T(1) || transform.softcap != T(0)) {
+        if (!transform.is_identity()) {
           for (int64_t j = 0; j < n; j += kLanes) {
             const int64_t lanes = std::min(kLanes, n - j);
-            Vec grad = Vec::loadu(g + j, lanes) * scale;
-            if (transform.softcap != T(0)) {
-              grad = grad * softcap_slope(Vec::loadu(z + j, lanes), Vec(inverse_cap));
-            }
-            grad.store(g + j, lanes);
+            const Vec v = Vec::loadu(z + j, lanes);
+            transform.pull_back(Vec::loadu(g + j, lanes), v).store(g + j, lanes);
           }
         }
         at::vec::convert(g, out + i * out_stride + first, n);

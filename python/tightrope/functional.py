@@ -88,7 +88,7 @@ def linear_reality_creativity_loss(
         skip_ignored: False puts ignored tokens through the GEMMs, masked, so that on a GPU the host need not
             learn how many are left. Default: skip them wherever that is possible.
         return_stats: also return the detached :class:`RowStats` of every token.
-        workspace_mb: budget of the scratch memory for logits, in MiB; default 64, on a GPU 1024.
+        workspace_mb: budget of the scratch memory for logits, in MiB; default 72, on a GPU 1024.
         backend: ``"cpu"`` (C++), ``"triton"``, ``"eager"`` (PyTorch), or None: the best for the device.
         strategy: ``"chunked"`` (three GEMMs; gradients are made in the forward pass), ``"streaming"`` (four,
             and memory for one tile of logits), or None: chunked where the workspace holds chunks of good
@@ -357,7 +357,7 @@ def _check_loss(
     validation.integer("ignore_index", ignore_index)
     validation.choice("reduction", reduction, validation.REDUCTIONS)
     if normalizer is not None:
-        validation.normalizer(normalizer, device)
+        validation.normalizer(normalizer)
     validation.shift(shift, shape)
 
 

@@ -26,6 +26,10 @@ class _Loss(nn.Module):
             *(given[k] for k in ("reality", "creativity", "label_smoothing", "z_loss", "logit_l2"))
         )
         validation.transform(given["logit_scale"], given["softcap"])
+        if not isinstance(given["balance"], Tensor):
+            validation.number("balance", given["balance"], low=0.0, high=1.0)
+        if given["normalizer"] is not None:
+            validation.normalizer(given["normalizer"])
         validation.choice("reduction", given["reduction"], validation.REDUCTIONS)
         validation.integer("ignore_index", given["ignore_index"])
         validation.integer("shift", given["shift"], low=0)

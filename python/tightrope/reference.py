@@ -98,7 +98,7 @@ def token_loss(
     z_loss=0.0,
     logit_l2=0.0,
 ) -> Tensor:
-    """``(1 - balance) reality + balance creativity + regularisers``, per token: (..., V), (..., V) -> (...)."""
+    """``(1 - balance) reality + balance creativity + regularisers``: (..., V), (..., V) -> (...)."""
     stats = row_stats(z)
     if label_smoothing:
         b = (1 - label_smoothing) * b + label_smoothing / z.shape[-1]

@@ -26,6 +26,7 @@ PARTIAL = (
     "shift_sum",
     "square_sum",
     "count",
+    "logit_sum",
 )
 # Rows of the `summary` tensors. The first two are kept apart, and not added to an lse, so that
 # z - max - log_sum keeps the precision of the difference.
@@ -95,7 +96,7 @@ def merge(a: Tensor, b: Tensor) -> Tensor:
     maximum = torch.maximum(a[0], b[0])
 
     def rebase(part: Tensor) -> list[Tensor]:
-        top, s0, s1, s2, target_shift, target_exp, mass, shift_sum, square_sum, count = part
+        top, s0, s1, s2, target_shift, target_exp, mass, shift_sum, square_sum, count, logit_sum = part
         shift = origin(top) - origin(maximum)
         scale = torch.where(s0 == 0, 0.0, shift.exp())
         return [
@@ -108,6 +109,7 @@ def merge(a: Tensor, b: Tensor) -> Tensor:
             shift_sum + shift * count,
             square_sum,
             count,
+            logit_sum,
         ]
 
     return torch.stack([maximum, *(x + y for x, y in zip(rebase(a), rebase(b)))])
@@ -119,7 +121,7 @@ def summarise(partial: Tensor, *, target_must_occur: bool = False) -> Tensor:
     target_must_occur: each row has one target class. Where none was met the class is out of range, and the
     statistics of the target are NaN; so is, then, that row's loss.
     """
-    top, s0, s1, s2, target_shift, target_exp, mass, shift_sum, square_sum, count = partial
+    top, s0, s1, s2, target_shift, target_exp, mass, shift_sum, square_sum, count, logit_sum = partial
     if target_must_occur:
         mass = mass.masked_fill(mass == 0, torch.nan)
         target_shift, target_exp = target_shift + 0 * mass, target_exp + 0 * mass
@@ -134,7 +136,7 @@ def summarise(partial: Tensor, *, target_must_occur: bool = False) -> Tensor:
             target_exp / s0,
             target_shift - mass * log_sum,
             shift_sum / count - log_sum,
-            shift_sum + count * origin(top),
+            logit_sum,
             square_sum,
             mass,
         ]

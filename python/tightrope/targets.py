@@ -16,6 +16,10 @@ from torch import Tensor
 _PIECE = 2**22
 
 
+# Stands for an ignored entry of a top-k target: it falls in no tile of the vocabulary.
+NO_CLASS = -(2**62)
+
+
 def may_read(values: Tensor) -> bool:
     """Whether looking at values costs no wait for a device, or TIGHTROPE_DEBUG=1 asks for it."""
     return values.device.type == "cpu" or os.environ.get("TIGHTROPE_DEBUG") == "1"
@@ -45,7 +49,7 @@ class TargetTile(NamedTuple):
 
 @dataclass(frozen=True)
 class Target:
-    """The target of every row; at most one kind is set. Row i of dense and topk_* belongs to row i - shift."""
+    """The target of every row, of one kind at most. Row i of dense and topk_* belongs to row i - shift."""
 
     index: Tensor | None = None  # [N] int64, already shifted
     dense: Tensor | None = None  # [N, V]
@@ -62,8 +66,7 @@ class Target:
         for name, indices in (("target", self.index), ("target.indices", self.topk_index)):
             if indices is None or not may_read(indices):
                 continue
-            # Ignored entries of a top-k target stand as -1.
-            wrong = (indices >= vocab_size) | (indices < (0 if self.topk_index is None else -1))
+            wrong = (indices >= vocab_size) | ((indices < 0) & (indices != NO_CLASS))
             if valid is not None and self.index is not None:
                 wrong &= valid
             if wrong.any():

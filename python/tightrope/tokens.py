@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .statistics import RowStats
-from .targets import TopKTarget, smoothed_square
+from .targets import NO_CLASS, TopKTarget, smoothed_square
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ def flatten_target(
     if isinstance(target, TopKTarget):
         width = target.indices.shape[-1]
         kept = target.indices != ignore_index
-        # -1 falls in no tile of the vocabulary.
-        topk_index = target.indices.long().masked_fill(~kept, -1).reshape(-1, width)
+        topk_index = target.indices.long().masked_fill(~kept, NO_CLASS).reshape(-1, width)
         topk_prob = target.probs.masked_fill(~kept, 0.0).reshape(-1, width)
         valid = _shifted(kept.any(-1), shift, False)
     elif target is not None and target.is_floating_point():
@@ -56,11 +55,11 @@ def flatten_target(
     if valid is None and shift:
         valid = _shifted(torch.ones(tokens, dtype=torch.bool, device=device), shift, False)
     return TokenTarget(
-        None if index is None else index.reshape(-1),
+        None if index is None else index.reshape(-1).contiguous(),
         dense,
         topk_index,
         topk_prob,
-        None if valid is None else valid.reshape(-1),
+        None if valid is None else valid.reshape(-1).contiguous(),
         shift,
     )
 
@@ -104,7 +103,7 @@ def flatten_rows(
 def flatten_arg(arg: Tensor, tokens: torch.Size, valid: Tensor | None) -> Tensor:
     """A user's per-row tensor, of shape (..., *rest) or broadcastable to the tokens, as [N, *rest]."""
     rest = arg.shape[len(tokens) :] if arg.shape[: len(tokens)] == tokens else ()
-    flat = arg.expand(*tokens, *rest).reshape(tokens.numel(), *rest)
+    flat = arg.expand((*tokens, *rest)).reshape(tokens.numel(), *rest)
     if valid is None:
         return flat
     return torch.where(valid.view(-1, *(1,) * len(rest)), flat, 0)

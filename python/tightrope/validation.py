@@ -184,7 +184,7 @@ def balance(value: object, tokens: torch.Size, device: torch.device) -> None:
             raise ValueError(f"balance: got values from {low.item()} to {high.item()}, expected [0, 1]")
 
 
-def normalizer(value: object, device: torch.device) -> None:
+def normalizer(value: object) -> None:
     if not isinstance(value, Tensor):
         number("normalizer", value, low=0.0, above=True)
         return

@@ -3,12 +3,12 @@
 Schemas live here, not in C++, so that the operators exist without the extension; the extension adds a
 faster implementation for its device. A profiler shows them as ``tightrope::row_stats`` and ``row_grad``.
 
-Shapes: logits [R, T] (a tile: entries offset .. offset + T of the vocabulary; unit stride along it);
-partial [10, R] and argmax [R] are merged into; index [R] int64 and topk_index [R, K] int64 count from the
-start of the vocabulary; dense [R, T], topk_prob [R, K], bias [T]; active [R] bool: other rows are not read,
-keep their statistics and get zero gradients; norm [2, R] (max, log_sum) and coef [7, R] of whole rows;
-out [R, T], which may be the logits. Arithmetic is float32, float64 for float64 logits; all but logits and
-out have that dtype.
+Shapes: logits [R, T] (a tile: entries offset .. offset + T of the vocabulary, adjacent along either
+dimension); partial [11, R] and argmax [R] are merged into; index [R] int64 and topk_index [R, K] int64 count
+from the start of the vocabulary; dense [R, T], topk_prob [R, K], bias [T]; active [R] bool: other rows keep
+their statistics and get zero gradients; norm [2, R] (max, log_sum) and coef [7, R] of whole rows; out [R, T],
+laid out as the logits are, which it may be. Arithmetic is float32, float64 for float64 logits; all but logits
+and out have that dtype.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ def row_stats(
             d.sum(-1),
             z.square().sum(-1),
             torch.full_like(top, z.shape[-1]),
+            z.sum(-1),
         ]
     )
     better = (argmax < 0) | (top > partial[0]) | (top.isnan() & ~partial[0].isnan())

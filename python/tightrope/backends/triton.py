@@ -45,13 +45,19 @@ def _target(index, dense, topk_index, topk_prob) -> tuple[int, Tensor | None, Te
     return (0, None, None, 0) if index is None else (1, index, None, 0)
 
 
+def _by_rows(logits: Tensor) -> Tensor:
+    """Logits of unit stride along the vocabulary, as all are on a GPU; on a CPU they may be transposed."""
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+
+
 @contextmanager
-def _rounded(out: Tensor) -> Iterator[Tensor]:
-    """Where a kernel writes what is to be rounded to out: the interpreter truncates bfloat16."""
-    if not (INTERPRETED and out.dtype == torch.bfloat16):
+def _writable(out: Tensor) -> Iterator[Tensor]:
+    """Where a kernel writes what is to stand in out: the interpreter truncates bfloat16."""
+    truncated = INTERPRETED and out.dtype == torch.bfloat16
+    if not truncated and _by_rows(out) is out:
         yield out
         return
-    wide = torch.empty(out.shape, dtype=torch.float32)
+    wide = torch.empty(out.shape, dtype=torch.float32 if truncated else out.dtype, device=out.device)
     yield wide
     out.copy_(wide)
 
@@ -92,6 +98,7 @@ def row_stats(
     count, columns = logits.shape
     if count == 0 or columns == 0:
         return
+    logits = _by_rows(logits)
     splits = triton.cdiv(columns, configs.ROW_BLOCK * configs.ROW_BLOCKS)
     parts, best = _new_parts(splits, count, partial)
     kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
@@ -140,7 +147,8 @@ def row_grad(
     if count == 0 or columns == 0:
         return
     kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
-    with _rounded(out) as out:
+    logits = _by_rows(logits)
+    with _writable(out) as out:
         rows.row_grad[(count, triton.cdiv(columns, configs.ROW_BLOCK))](
             logits,
             out,
@@ -305,7 +313,7 @@ def stream_grad(
         return
     kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
     config, hidden, weight, strides = _operands("stream_grad", kind, hidden, weight)
-    with _rounded(out) as out:
+    with _writable(out) as out:
         _launch(
             stream.stream_grad,
             config,

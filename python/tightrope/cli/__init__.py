@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .errors import UserError
 
-DEFAULT_MODES = ("precise=0", "balanced=0.2", "creative=0.35")
+DEFAULT_MODES = ("precise=0", "balanced=0.1", "creative=0.2")
 TRAIN_EXTRA = ("transformers", "accelerate", "gguf", "matplotlib", "psutil", "rich")
 
 

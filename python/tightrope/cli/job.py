@@ -163,7 +163,7 @@ def _progress(console: Console) -> Progress:
 def _note(step: Step) -> str:
     return (
         f"loss {step.loss:.3f} reality {step.reality:.3f} entropy {step.entropy:.3f} "
-        f"{step.tokens_per_second:.0f} tokens/s"
+        f"{step.tokens_per_second:.0f} tok/s"
     )
 
 

@@ -22,7 +22,7 @@ from .errors import UserError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are local folders, nothing is to be fetched
 
-import transformers  # noqa: E402
+import transformers
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -94,6 +94,9 @@ class Tail(nn.Module):
         They depend on the positions alone, the same in every window, and those of a batch of one
         broadcast. Refuses a model whose logits the tail does not reproduce: one with a softcap, say.
         """
+        longest = getattr(model.config, "max_position_embeddings", len(window))
+        if len(window) > longest:
+            raise UserError(f"--sequence-length: got {len(window)}, the model takes up to {longest}")
         caught = []
         with self._catching(self.blocks, lambda args, kwargs: caught.append((args[0], kwargs))):
             logits = model(window[None], use_cache=False).logits

@@ -83,7 +83,7 @@ def append_samples(path: Path, mode: str, texts: Sequence[str]) -> None:
 
 def summary_table(rows: Sequence[Row]) -> list[list[str]]:
     """Header and lines of the comparison of the modes."""
-    header = "mode, balance, cross-entropy, entropy, distinct-1, distinct-2, step (s)".split(", ")
+    header = ["mode", "balance", "cross-entropy", "entropy", "distinct-1", "distinct-2", "step (s)"]
     return [header] + [
         [
             row.mode,
@@ -119,7 +119,9 @@ def cost_table(costs: Sequence[Cost]) -> list[list[str]]:
 
 
 def rich_table(lines: list[list[str]], title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+    )
     for index, name in enumerate(lines[0]):
         table.add_column(name, justify="right" if index else "left")
     for line in lines[1:]:
@@ -141,14 +143,20 @@ def draw_tradeoff(path: Path, rows: Sequence[Row]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    middle = (min(row.entropy for row in rows) + max(row.entropy for row in rows)) / 2
     for row in rows:
         trained = row.balance is not None
-        label = f"{row.mode} (balance {row.balance:g})" if trained else row.mode
         axes.plot(row.entropy, row.cross_entropy, "o" if trained else "s", markersize=9)
-        axes.annotate(label, (row.entropy, row.cross_entropy), textcoords="offset points", xytext=(8, 6))
-    trained_rows = sorted((r for r in rows if r.balance is not None), key=lambda r: r.balance)
-    axes.plot([r.entropy for r in trained_rows], [r.cross_entropy for r in trained_rows], ":", color="grey")
-    axes.margins(x=0.25, y=0.15)
+        axes.annotate(
+            f"{row.mode} (balance {row.balance:g})" if trained else row.mode,
+            (row.entropy, row.cross_entropy),
+            textcoords="offset points",
+            xytext=(0, 10),
+            ha="left" if row.entropy < middle else "right",
+        )
+    modes = sorted((row for row in rows if row.balance is not None), key=lambda row: row.balance)
+    axes.plot([r.entropy for r in modes], [r.cross_entropy for r in modes], ":", color="grey", zorder=0)
+    axes.margins(0.15)
     axes.set_xlabel("creativity: held-out entropy (nats), more open to the right")
     axes.set_ylabel("reality: held-out cross-entropy (nats), truer below")
     axes.set_title("Reality against creativity")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..coefficients import row_coefficients
 from ..statistics import RowStats, StatGrads, row_stats
-from . import gemm, plan
+from . import plan
+from .gemm import headroom, multiply
 from .problem import Chunk, LinearProblem
 from .workspace import borrow
 
@@ -67,16 +68,16 @@ def loss_and_gradients(
     if needs.bias:
         result.bias = torch.zeros(vocab_size, dtype=dtype, device=device)
 
+    # Beside the logits, a tile of their gradients where that is narrower.
     narrow = 0 if problem.operand == dtype else min(vocab_size, plan.sizes(device).tile) // 2
     size = plan.chunk_rows(rows.count, vocab_size + narrow, dtype.itemsize, workspace)
-    chunks = plan.spans(rows.count, size)
+    chunks = plan.spans(rows.count, size, plan.ROW_MULTIPLE)
     size = max((stop - start for start, stop in chunks), default=0)
     with borrow(size * vocab_size, dtype, device) as flat:
         for start, stop in chunks:
             chunk = rows.chunk(start, stop, problem.target, dtype)
-            logits = flat[: chunk.size * vocab_size].view(chunk.size, vocab_size)
             hidden = problem.hidden(chunk)
-            norm, grads = _forward(problem, upstream, chunk, logits, hidden, result)
+            logits, norm, grads = _forward(problem, upstream, chunk, flat, hidden, result)
             coef = row_coefficients(norm, grads, vocab_size)
             _backward(problem, chunk, logits, hidden, norm[:2].contiguous(), coef, result)
     if needs.weight and not chunks:
@@ -84,13 +85,17 @@ def loss_and_gradients(
     return result
 
 
-def _forward(problem, upstream, chunk, logits, hidden, result) -> tuple[Tensor, StatGrads]:
-    """Fill the workspace with the chunk's logits; record statistics and loss; give summary and upstream."""
+def _forward(problem, upstream, chunk, flat, hidden, result) -> tuple[list[Tensor], Tensor, StatGrads]:
+    """Fill the workspace with the chunk's logits; record statistics and loss.
+
+    Gives the logits of each tile, the summary, and the upstream gradients of the statistics.
+    """
+    logits = []
     partial, argmax = problem.new_partial(chunk.size)
     for tile in problem.tiles:
-        raw = logits[:, tile[0] : tile[1]]
-        gemm.mm(hidden, problem.head(*tile).t(), raw)
+        raw = problem.raw_logits(hidden, problem.head(*tile), flat[chunk.size * tile[0] :])
         problem.row_stats(raw, partial, argmax, chunk, tile)
+        logits.append(raw)
     summary = problem.summarise(partial, chunk)
     row_loss, grads, args = upstream(row_stats(summary, argmax), chunk)
     if chunk.active is not None:
@@ -107,23 +112,23 @@ def _forward(problem, upstream, chunk, logits, hidden, result) -> tuple[Tensor, 
             if chunk.active is not None:
                 part = part.masked_fill(~chunk.active.view(-1, *(1,) * (part.dim() - 1)), 0.0)
             whole[chunk.where] = part
-    return summary, grads
+    return logits, summary, grads
 
 
 def _backward(problem, chunk, logits, hidden, norm, coef, result) -> None:
     """Turn the chunk's logits into their gradient, tile by tile, and add it to what is wanted."""
     in_place = isinstance(chunk.where, slice)
     first = chunk.start == 0
-    coef, undo = gemm.headroom(coef, problem.operand)
+    coef, undo = headroom(coef, problem.operand)
     if result.input is not None:
         hidden_grad = result.input[chunk.where] if in_place else torch.empty_like(hidden, dtype=problem.dtype)
-    for tile in problem.tiles:
-        grad = problem.row_grad(logits[:, tile[0] : tile[1]], norm, coef, chunk, tile)
+    for tile, raw in zip(problem.tiles, logits):
+        grad = problem.row_grad(raw, norm, coef, chunk, tile)
         if result.input is not None:
-            gemm.addmm(hidden_grad, grad, problem.head(*tile), accumulate=tile[0] > 0)
+            multiply(grad, problem.head(*tile), hidden_grad, accumulate=tile[0] > 0)
         if result.weight is not None:
             part = result.weight[tile[0] : tile[1]]
-            gemm.addmm(part, grad.t(), hidden, accumulate=not first, scale=undo)
+            multiply(grad.t(), hidden, part, accumulate=not first, scale=undo)
         if result.bias is not None:
             bias_grad = grad.sum(0, dtype=problem.dtype)
             result.bias[tile[0] : tile[1]] += bias_grad if undo is None else bias_grad * undo

@@ -22,11 +22,13 @@ class Sizes:
 # A tile of logits is scored while it is in a CPU's cache, and its GEMM runs up to 1.5 times faster on such
 # tiles of the head than on the whole of it. A GPU wants large GEMMs; what is made for each tile there (a
 # low-precision gradient, a float32 tile of dW) bounds them. docs/gpu.md has the figures of the GPU.
-CPU = Sizes(tile=1024, streaming_rows=1024, min_chunk_rows=32, workspace_mb=64.0, dense_logits=2**22)
+CPU = Sizes(tile=1024, streaming_rows=1024, min_chunk_rows=32, workspace_mb=72.0, dense_logits=2**22)
 GPU = Sizes(tile=16384, streaming_rows=8192, min_chunk_rows=1024, workspace_mb=1024.0, dense_logits=2**26)
+# Rows of a chunk come in whole vectors of the widest instruction set, two at a time.
+ROW_MULTIPLE = 32
 # Entries of a dense target that the fused kernels take at a time: it is converted in pieces.
 DENSE_TILE = 8192
-# A tile of gradients from the fused kernels is this wide at least, and a multiple of it: that of a kernel's tile.
+# A tile of gradients from the fused kernels is this wide at least, and a multiple of it.
 STREAM_STEP = 256
 
 
@@ -39,11 +41,12 @@ def workspace_bytes(workspace_mb: float | None, device: torch.device) -> int:
 
 
 def spans(total: int, most: int, multiple: int = 1) -> list[tuple[int, int]]:
-    """Cut ``range(total)`` into the fewest spans of at most ``most``, as even as ``multiple`` allows."""
+    """Cut ``range(total)`` into the fewest, even spans of at most ``most``, in a multiple where it fits."""
     if total == 0:
         return []
-    count = -(-total // max(most, 1))
-    size = min(-(-total // (count * multiple)) * multiple, max(most, 1))
+    most = max(most - most % multiple, 1) if most >= multiple else max(most, 1)
+    even = -(-total // -(-total // most))
+    size = min(-(-even // multiple) * multiple, most)
     return [(start, min(start + size, total)) for start in range(0, total, size)]
 
 

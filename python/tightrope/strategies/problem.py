@@ -16,7 +16,8 @@ from torch import Tensor
 from ..backends import Backend
 from ..statistics import SUMMARY, empty_partial, summarise
 from ..targets import Target, TargetChunk
-from . import gemm, plan
+from . import plan
+from .gemm import multiply, widens
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class LinearProblem(_Scored):
     def operand(self) -> torch.dtype:
         """The dtype of what goes into GEMMs: the tensors' own where that can give float32."""
         own = self.input.dtype == self.weight.dtype and self.dtype == torch.float32
-        exact = self.streams or gemm.widens(self.device, self.input.dtype)
+        exact = self.streams or widens(self.device, self.input.dtype)
         return self.input.dtype if own and exact else self.dtype
 
     @property
@@ -129,7 +130,7 @@ class LinearProblem(_Scored):
         return plan.spans(self.vocab_size, plan.sizes(self.device).tile, multiple=16)
 
     def hidden(self, chunk: Chunk) -> Tensor:
-        """The chunk's hidden states [size, D]; zeros where a row does not count, so that no NaN in it leaks."""
+        """The chunk's hidden states [size, D]; zeros where a row does not count: no NaN leaks from it."""
         hidden = self.input[chunk.where].to(self.operand)
         return hidden if chunk.active is None else hidden.masked_fill(~chunk.active.unsqueeze(-1), 0.0)
 
@@ -139,6 +140,14 @@ class LinearProblem(_Scored):
 
     def head_bias(self, start: int, stop: int) -> Tensor | None:
         return None if self.bias is None else self.bias[start:stop].to(self.dtype).contiguous()
+
+    def raw_logits(self, hidden: Tensor, head: Tensor, memory: Tensor) -> Tensor:
+        """``hidden @ head.T`` [n, T] in the first n * T elements of flat memory."""
+        rows, entries = hidden.shape[0], head.shape[0]
+        if memory.device.type == "cpu":
+            # Transposed, this GEMM is 5 to 25 % faster with MKL; the row kernels take either layout.
+            return multiply(head, hidden.t(), memory[: rows * entries].view(entries, rows)).t()
+        return multiply(hidden, head.t(), memory[: rows * entries].view(rows, entries))
 
     def row_stats(
         self, raw: Tensor, partial: Tensor, argmax: Tensor, chunk: Chunk, tile: tuple[int, int]
@@ -178,7 +187,7 @@ class LinearProblem(_Scored):
 
 @dataclass(frozen=True)
 class LogitsProblem(_Scored):
-    """Logits [N, V] and a target for each row. Ignored rows are masked: without a GEMM that costs nothing."""
+    """Logits [N, V] and a target for each row. Ignored rows are masked, which costs no GEMM."""
 
     logits: Tensor
     target: Target

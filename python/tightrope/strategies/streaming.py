@@ -13,8 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import gemm, plan
+from . import plan
 from .chunked import Needs
+from .gemm import headroom, multiply
 from .problem import Chunk, LinearProblem
 from .workspace import borrow
 
@@ -27,7 +28,8 @@ def _forward_spans(problem: LinearProblem, workspace: int) -> tuple[Spans, Spans
     if not problem.streams:
         width = max((stop - start for start, stop in problem.tiles), default=0)
         block = plan.chunk_rows(rows, max(width, 1), problem.dtype.itemsize, workspace)
-        return problem.tiles, plan.spans(rows, min(block, plan.sizes(problem.device).streaming_rows))
+        block = min(block, plan.sizes(problem.device).streaming_rows)
+        return problem.tiles, plan.spans(rows, block, plan.ROW_MULTIPLE)
     if problem.target.dense is None:
         return [(0, vocab_size)], plan.spans(rows, rows)
     tiles = plan.spans(vocab_size, plan.DENSE_TILE, multiple=16)
@@ -67,8 +69,7 @@ def statistics(problem: LinearProblem, workspace: int) -> tuple[Tensor, Tensor]:
                 if problem.streams:
                     problem.stream_stats(hidden, partial, best, chunk, tile)
                     continue
-                raw = flat[: chunk.size * (tile[1] - tile[0])].view(chunk.size, -1)
-                gemm.mm(hidden, problem.head(*tile).t(), raw)
+                raw = problem.raw_logits(hidden, problem.head(*tile), flat)
                 problem.row_stats(raw, partial, best, chunk, tile)
             summary[:, chunk.where] = problem.summarise(partial, chunk)
             argmax[chunk.where] = best
@@ -83,7 +84,7 @@ def gradients(
     tiles, blocks = _backward_spans(problem, workspace)
     if problem.streams:
         problem = replace(problem, target=problem.target.in_order())
-    coef, undo = gemm.headroom(coef, problem.operand)
+    coef, undo = headroom(coef, problem.operand)
     weight_grad = (
         torch.empty_like(problem.weight, memory_format=torch.contiguous_format) if needs.weight else None
     )
@@ -104,12 +105,11 @@ def gradients(
             bias_sum = head.new_zeros(head.shape[0], dtype=dtype)
             for i, (chunk, (start, stop)) in enumerate(zip(chunks, blocks)):
                 hidden = kept[i] if kept else problem.hidden(chunk)
-                raw = flat[: chunk.size * head.shape[0]].view(chunk.size, -1)
-                grad = _gradient(problem, hidden, head, raw, norms[i], coefs[i], chunk, tile)
+                grad = _gradient(problem, hidden, head, flat, norms[i], coefs[i], chunk, tile)
                 if hidden_sum is not None:
-                    gemm.addmm(hidden_sum[start:stop], grad, head, accumulate=tile[0] > 0)
+                    multiply(grad, head, hidden_sum[start:stop], accumulate=tile[0] > 0)
                 if weight_sum is not None:
-                    gemm.addmm(weight_sum, grad.t(), hidden, accumulate=i > 0)
+                    multiply(grad.t(), hidden, weight_sum, accumulate=i > 0)
                 if needs.bias:
                     bias_sum += grad.sum(0, dtype=dtype)
             for whole, part in ((weight_grad, weight_sum), (bias_grad, bias_sum)):
@@ -124,17 +124,18 @@ def _gradient(
     problem: LinearProblem,
     hidden: Tensor,
     head: Tensor,
-    raw: Tensor,
+    flat: Tensor,
     norm: Tensor,
     coef: Tensor,
     chunk: Chunk,
     tile: tuple[int, int],
 ) -> Tensor:
-    """The gradient of a tile of logits, as an operand of GEMMs, by way of the scratch tensor raw."""
+    """The gradient of a tile of logits, as an operand of GEMMs, by way of the scratch memory."""
     if problem.streams:
-        problem.stream_grad(hidden, raw, norm, coef, chunk, tile)
-        return raw
-    gemm.mm(hidden, head.t(), raw)
+        out = flat[: chunk.size * head.shape[0]].view(chunk.size, -1)
+        problem.stream_grad(hidden, out, norm, coef, chunk, tile)
+        return out
+    raw = problem.raw_logits(hidden, head, flat)
     return problem.row_grad(raw, norm, coef, chunk, tile)
 
 

@@ -1,0 +1,149 @@
+// What the row kernels share: how raw values become logits, the targets, and the sums.
+//
+// rows.h takes tiles whose rows are contiguous and gives a row's entries to the lanes of a vector;
+// columns.h takes tiles that lie the other way and gives rows to the lanes. What happens in a lane
+// is the same, and stands here.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../row_math.h"
+
+namespace tightrope::cpu {
+// Inline symbols must differ between the builds for each instruction set.
+inline namespace CPU_CAPABILITY {
+
+using at::vec::Vectorized;
+
+// How raw values become logits: z = softcap * tanh(logit_scale * (x + bias) / softcap).
+template <class T>
+struct Transform {
+  using Vec = Vectorized<T>;
+  const T* bias;  // [cols] or null
+  T logit_scale;
+  T softcap;  // 0: none
+
+  bool is_identity() const { return bias == nullptr && logit_scale == T(1) && softcap == T(0); }
+  T inverse_cap() const { return softcap == T(0) ? T(0) : T(1) / softcap; }
+
+  Vec apply(Vec x, Vec bias_lanes) const {
+    const Vec u = (x + bias_lanes) * Vec(logit_scale);
+    return softcap == T(0) ? u : Vec(softcap) * (u * Vec(inverse_cap())).tanh();
+  }
+
+  // dloss/dz to dloss/dx.
+  Vec pull_back(Vec grad, Vec z) const {
+    const Vec scaled = grad * Vec(logit_scale);
+    return softcap == T(0) ? scaled : scaled * softcap_slope(z, Vec(inverse_cap()));
+  }
+};
+
+// The part of the targets that meets columns [offset, offset + cols); one of three kinds, or none.
+template <class T>
+struct Targets {
+  const int64_t* index;  // [rows]: class of each row, in the whole vocabulary
+  const T* dense;        // [rows, cols], row stride dense_stride
+  int64_t dense_stride;
+  const int64_t* topk_index;  // [rows, topk]
+  const T* topk_prob;         // [rows, topk]
+  int64_t topk;
+
+  // The dense target of `row` from column `first` on, or null.
+  const T* dense_from(int64_t row, int64_t first) const {
+    return dense == nullptr ? nullptr : dense + row * dense_stride + first;
+  }
+
+  // Calls f(column in the block, mass) for each sparse target of `row` in [first, first + n).
+  template <class F>
+  void for_sparse(int64_t row, int64_t first, int64_t n, F f) const {
+    if (index != nullptr) {
+      const int64_t column = index[row] - first;
+      if (column >= 0 && column < n) f(column, T(1));
+    }
+    for (int64_t k = row * topk; k < (row + 1) * topk; ++k) {
+      const int64_t column = topk_index[k] - first;
+      if (column >= 0 && column < n && topk_prob[k] != T(0)) f(column, topk_prob[k]);
+    }
+  }
+};
+
+// The sums of a Partial, one in each lane.
+template <class T>
+struct Sums {
+  using Vec = Vectorized<T>;
+  Vec exp{T(0)}, exp_shift{T(0)}, exp_square{T(0)}, shift{T(0)}, square{T(0)}, plain{T(0)};
+  Vec target_shift{T(0)}, target_exp{T(0)}, target_mass{T(0)};
+
+  // One entry in each lane: z is what it and its square count as, `counted` what its shift counts
+  // as, and d its shift as an exponent; they differ only in lanes past the end of a row. Gives e^d.
+  Vec add(Vec z, Vec counted, Vec d) {
+    const Vec e = d.exp();
+    exp = exp + e;
+    exp_shift = at::vec::fmadd(e, at::vec::maximum(d, Vec(static_cast<T>(kLogZero))), exp_shift);
+    exp_square = at::vec::fmadd(e, e, exp_square);
+    shift = shift + counted;
+    square = at::vec::fmadd(z, z, square);
+    plain = plain + z;
+    return e;
+  }
+
+  // Dense target mass b at that entry. A mass of 0 at an impossible entry is 0 * -inf.
+  void add_target(Vec b, Vec d, Vec e) {
+    const Vec zero(T(0));
+    target_shift = at::vec::fmadd(b, Vec::blendv(d, zero, b == zero), target_shift);
+    target_exp = at::vec::fmadd(b, e, target_exp);
+    target_mass = target_mass + b;
+  }
+
+  // The same for sparse mass, in a Partial that is already reduced.
+  static void add_sparse(Partial<T>& part, T mass, T d) {
+    part.target_shift += mass * d;
+    part.target_exp += mass * std::exp(d);
+    part.target_mass += mass;
+  }
+};
+
+// One row's statistics in a `partial` tensor [kPartialFields, rows].
+template <class T>
+Partial<T> load_partial(const T* partial, int64_t rows, int64_t i) {
+  const auto field = [&](int f) { return partial[f * rows + i]; };
+  return {field(0), field(1), field(2), field(3), field(4), field(5),
+          field(6), field(7), field(8), field(9), field(10)};
+}
+
+template <class T>
+void store_partial(const Partial<T>& p, T* partial, int64_t rows, int64_t i) {
+  const T fields[kPartialFields] = {p.max,          p.sum_exp,    p.sum_exp_shift, p.sum_exp_square,
+                                    p.target_shift, p.target_exp, p.target_mass,   p.shift_sum,
+                                    p.square_sum,   p.count,      p.logit_sum};
+  for (int f = 0; f < kPartialFields; ++f) partial[f * rows + i] = fields[f];
+}
+
+// Whether a block of maximum `max` holds the row's largest logit so far; the first NaN counts as
+// largest.
+template <class T>
+bool is_new_maximum(int64_t best, T max, T so_far) {
+  return best < 0 || max > so_far || (max != max && so_far == so_far);
+}
+
+// First position of a block's maximum, or of its first NaN, among n values `step` apart.
+template <class T>
+int64_t first_maximum(const T* z, int64_t n, int64_t step, T max) {
+  for (int64_t j = 0; j < n; ++j) {
+    if (z[j * step] == max || z[j * step] != z[j * step]) return j;
+  }
+  return 0;
+}
+
+// Rows (or groups of rows) that make a task worth a thread.
+inline int64_t grain_size(int64_t entries_each) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(entries_each, 1));
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace tightrope::cpu

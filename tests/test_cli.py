@@ -1,0 +1,264 @@
+"""The command: how it ends, what it prints, and a whole run on a tiny model made here."""
+
+import csv
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tightrope.cli import main
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog says nothing at all of it.\n" * 120
+TRAIN_EXTRA = ("transformers", "tokenizers", "accelerate", "gguf", "matplotlib", "psutil", "rich")
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout and stderr of the command."""
+    try:
+        code = main([str(a) for a in arguments])
+    except SystemExit as end:  # argparse
+        code = end.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def assert_one_line(result, *words):
+    code, _, err = result
+    assert code == 2
+    assert err.startswith("tightrope") and err.count("\n") == 1, err
+    for word in words:
+        assert word in err
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a random Llama of three blocks, tied head, and a byte-level tokenizer."""
+    for name in TRAIN_EXTRA:
+        pytest.importorskip(name)
+    import tokenizers
+    import transformers
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(
+        [TEXT],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<end>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def small_run(tiny, text, out, **changes):
+    options = {"steps": 6, "batch-size": 2, "sequence-length": 16, "learning-rate": 0.01} | changes
+    arguments = ["train", "--model", tiny, "--text", text, "--out", out]
+    return arguments + [x for name, value in options.items() for x in (f"--{name}", value)]
+
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_info_lists_versions_and_backends(capsys):
+    code, out, err = run(capsys, "info")
+    assert (code, err) == (0, "")
+    assert torch.__version__ in out
+    assert torch.backends.cpu.get_cpu_capability() in out
+    for word in ("cpu", "eager", "devices", "available"):
+        assert word in out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["info", "--help"]])
+def test_help(capsys, arguments):
+    code, out, err = run(capsys, *arguments)
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: tightrope")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "COMMAND"),
+        (["fly"], "fly"),
+        (["train", "--steps", "0"], "--steps"),
+        (["train", "--steps", "many"], "many"),
+        (["train", "--sequence-length", "1"], "--sequence-length"),
+        (["train", "--learning-rate", "0"], "--learning-rate"),
+        (["train", "--learning-rate", "inf"], "--learning-rate"),
+        (["train", "--seed", "-1"], "--seed"),
+        (["train", "--balance", "1.5"], "1.5"),
+        (["train", "--balance", "nan"], "nan"),
+        (["train", "--balance", "=0.5"], "NAME=VALUE"),
+        (["train", "--balance", "bold=high"], "high"),
+        (["train", "--balance", "a=0", "--balance", "a=0.1"], "more than once"),
+        (["train", "--reality", "truth"], "--reality"),
+        (["train", "--creativity", "whim"], "--creativity"),
+        (["train", "--text", "/no/such/file"], "/no/such/file"),
+    ],
+)
+def test_bad_value_is_one_line(capsys, arguments, word):
+    assert_one_line(run(capsys, *arguments), word)
+
+
+def test_missing_extra_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert_one_line(run(capsys, "train"), "tightrope[train]")
+
+
+def test_unreadable_text_is_one_line(capsys, tiny, tmp_path):
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00\x81" * 100)
+    for path in (binary, tmp_path):
+        assert_one_line(run(capsys, *small_run(tiny, path, tmp_path / "runs")), "--text", str(path))
+
+
+def test_short_text_is_one_line(capsys, tiny, tmp_path):
+    for content in ("", "A fox."):
+        short = tmp_path / "short.txt"
+        short.write_text(content)
+        assert_one_line(run(capsys, *small_run(tiny, short, tmp_path / "runs")), "too short")
+
+
+def test_bad_model_is_one_line(capsys, text, tmp_path):
+    pytest.importorskip("transformers")
+    empty, broken = tmp_path / "empty", tmp_path / "broken"
+    for folder in (empty, broken):
+        folder.mkdir()
+    (broken / "config.json").write_text("{}")
+    for folder in (tmp_path / "absent", empty, broken):
+        result = run(capsys, *small_run(folder, text, tmp_path / "runs"))
+        assert_one_line(result, "--model", str(folder))
+
+
+def test_values_that_do_not_fit_the_model_are_one_line(capsys, tiny, text, tmp_path):
+    out = tmp_path / "runs"
+    assert_one_line(run(capsys, *small_run(tiny, text, out, blocks=4)), "--blocks", "4")
+    long = small_run(tiny, text, out, **{"sequence-length": 129})
+    assert_one_line(run(capsys, *long), "--sequence-length", "129")
+
+
+def test_output_that_cannot_be_written_is_one_line(capsys, tiny, text):
+    assert_one_line(run(capsys, *small_run(tiny, text, text)), "--out", str(text))
+
+
+def test_train_writes_every_file(capsys, tiny, text, tmp_path):
+    out = tmp_path / "deep" / "runs"
+    arguments = [*small_run(tiny, text, out), "--balance", "exact=0", "--balance", "0.3"]
+    code, printed, err = run(capsys, *arguments)
+    assert (code, err) == (0, "")
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["cost.csv", "samples.md", "steps.csv", "summary.csv", "summary.md", "tradeoff.png"]
+    )
+
+    steps = read_csv(out / "steps.csv")
+    assert [row["mode"] for row in steps] == ["exact"] * 6 + ["balance 0.3"] * 6
+    for row in steps:
+        balance = float(row["balance"])
+        loss = (1 - balance) * float(row["reality"]) - balance * float(row["entropy"])
+        assert float(row["loss"]) == pytest.approx(loss, abs=1e-5)
+    first = [row for row in steps if row["step"] == "1"]
+    assert first[0]["reality"] == first[1]["reality"], "the modes start from the same weights"
+
+    summary = {row["mode"]: row for row in read_csv(out / "summary.csv")}
+    assert list(summary) == ["untrained", "exact", "balance 0.3"]
+    truth = {mode: float(row["cross_entropy"]) for mode, row in summary.items()}
+    assert truth["untrained"] == pytest.approx(math.log(300), rel=0.05)  # random weights
+    assert truth["exact"] < truth["untrained"] - 0.1
+    assert float(summary["exact"]["entropy"]) < float(summary["balance 0.3"]["entropy"])
+    for row in summary.values():
+        assert 0 < float(row["distinct_1"]) <= float(row["distinct_2"]) <= 1
+
+    ours, eager = read_csv(out / "cost.csv")
+    assert float(ours["loss"]) == pytest.approx(float(eager["loss"]), rel=1e-4)
+    samples = (out / "samples.md").read_text()
+    assert samples.count("\n## ") == 3 and samples.count("\n- ") == 3 * 16
+    assert (out / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    for mode in summary:
+        assert mode in (out / "summary.md").read_text() and mode in printed
+
+
+def test_other_terms_of_the_loss(capsys, tiny, text, tmp_path):
+    arguments = small_run(tiny, text, tmp_path, reality="squared_error", creativity="collision")
+    code, _, err = run(capsys, *arguments, "--balance", "0")
+    assert (code, err) == (0, "")
+    for row in read_csv(tmp_path / "steps.csv"):
+        assert float(row["loss"]) == pytest.approx(float(row["reality"]), abs=1e-6)
+
+
+def test_same_seed_gives_the_same_numbers(capsys, tiny, text, tmp_path):
+    def numbers(name, seed):
+        out = tmp_path / name
+        assert run(capsys, *small_run(tiny, text, out, seed=seed))[0] == 0
+        times = ("step_seconds", "tokens_per_second")
+        rows = read_csv(out / "steps.csv") + read_csv(out / "summary.csv")
+        return [{k: v for k, v in row.items() if k not in times} for row in rows], (
+            out / "samples.md"
+        ).read_text()
+
+    first = numbers("first", 1)
+    assert numbers("again", 1) == first
+    assert numbers("other", 2) != first
+
+
+def test_ctrl_c_leaves_what_was_written(tiny, text, tmp_path):
+    arguments = [str(a) for a in small_run(tiny, text, tmp_path, steps=1_000_000)]
+    # A parent that ignores SIGINT, as shells make of background jobs, hands that down; undo it.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from tightrope.cli import main; sys.exit(main())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "steps.csv"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 5):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.count("\n") == 1 and str(tmp_path) in err
+    assert log.read_text().endswith("\n")
+    rows = read_csv(log)
+    assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
+    assert all(math.isfinite(float(row["tokens_per_second"])) for row in rows)

@@ -1,0 +1,266 @@
+"""torch.compile: one graph without a break, the eager result, and no recompilation by a schedule.
+
+The operators are opaque to the compiler, so what can go wrong is Python around them (a graph break, a
+number read from a tensor, a branch on the count of ignored rows), a fake implementation that lies about
+shapes or dtypes, and a schema that lies about mutation. ``fullgraph=True`` and
+``torch.library.opcheck`` find these. Most cases compile with "aot_eager", which runs the whole
+front end and the autograd tracing and is quick; one takes the default compiler.
+"""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tightrope
+from helpers import (
+    Problem,
+    assert_same_bits,
+    assert_within,
+    class_indices,
+    evaluate,
+    function_of,
+    linear_problem,
+    ours,
+    rand,
+    randn,
+    top_k,
+)
+from tightrope import reference
+
+# The compiler's own use of deprecated parts of PyTorch.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+N, V, D = 6, 1100, 8
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def focal(stats, gamma):
+    ce = stats.lse - stats.target_logit
+    return (1 - (-ce).exp()) ** gamma * ce + 0.1 * stats.entropy
+
+
+def user_loss(*args, gamma, **options):
+    return tightrope.linear_vocab_loss(*args, loss_fn=focal, row_args=(gamma,), **options)
+
+
+def statistics(*args, **options):
+    """A number that depends on every floating statistic."""
+    stats = tightrope.linear_vocab_stats(*args, **options)
+    picked = [x * (i + 1) for i, x in enumerate(stats) if x.is_floating_point()]
+    return sum(x.tanh().sum() for x in picked) + 0 * stats.argmax.sum()
+
+
+def built_in(**options):
+    problem = linear_problem(N, vocab=V, width=D, ignored=0.4, **options)
+    problem.leaves["balance"] = rand(N, seed=8)
+    return function_of(problem), problem
+
+
+def cases():
+    linear, problem = built_in()
+    with_gamma = Problem({**problem.leaves, "gamma": 1 + rand(N, seed=9)}, problem.target)
+    del with_gamma.leaves["balance"]
+    bare = Problem({n: problem.leaves[n] for n in ("input", "weight", "bias")}, problem.target)
+    logits = Problem({"input": randn(N, V), "balance": rand(N)}, problem.target)
+    shifted = Problem(
+        {**problem.leaves, "input": randn(2, 3, D), "balance": rand(2, 1)},
+        class_indices((2, 3), V, ignored=0.3),
+        {"shift": 1, "reality": "squared_error", "label_smoothing": 0.1},
+    )
+    return {
+        "chunked": (linear, problem.but(strategy="chunked")),
+        "streaming": (linear, problem.but(strategy="streaming")),
+        "none": (linear, problem.but(reduction="none", softcap=5.0)),
+        "weighted": (linear, problem.but(row_weight=rand(N), normalizer=torch.tensor(3.0))),
+        "masked": (linear, problem.but(skip_ignored=False)),
+        "top_k": (linear, Problem(problem.leaves, top_k((N,), V), {"reality": "squared_error"})),
+        "shifted": (linear, shifted),
+        "logits": (tightrope.reality_creativity_loss, logits),
+        "statistics": (statistics, bare),
+        "user_loss": (user_loss, with_gamma),
+        "user_loss_none": (user_loss, with_gamma.but(reduction="none")),
+    }
+
+
+CASES = cases()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_equals_eager(case):
+    function, problem = CASES[case]
+
+    def call(*args, **options):
+        return function(*args, **options)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    actual, expected = evaluate(compiled, problem), evaluate(function, problem)
+    for name in expected:
+        assert_within(actual[name], expected[name], 1e-6, 1e-9, name)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the default compiler needs a C++ compiler")
+def test_default_compiler_around_a_model():
+    """Liger #1338: a silently wrong loss under torch.compile with ignored rows."""
+    problem = built_in(reduction="none")[1]
+
+    def step(input, weight, target, bias, balance, **options):
+        hidden = torch.nn.functional.gelu(input) * 1.5
+        loss = tightrope.linear_reality_creativity_loss(
+            hidden, weight, target, bias, balance=balance, **options
+        )
+        return (loss * 2).tanh()
+
+    actual = evaluate(torch.compile(step, fullgraph=True), problem)
+    expected = evaluate(step, problem)
+    assert not actual["loss"][problem.target == -100].any()
+    for name in expected:
+        assert_within(actual[name], expected[name], 1e-5, 1e-8, name)
+
+
+def test_compiled_module():
+    problem = built_in()[1]
+    del problem.leaves["balance"]
+    options = {"balance": 0.25, "reduction": "sum", "creativity": "collision"}
+    module = tightrope.LinearRealityCreativityLoss(**options)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+
+    def call(*args, **rest):
+        return compiled(*args, **rest)
+
+    actual, expected = evaluate(call, problem), ours(problem, **options)
+    for name in expected:
+        assert_within(actual[name], expected[name], 1e-6, 1e-9, name)
+
+
+@pytest.mark.parametrize("case", ["chunked", "streaming", "none", "logits"])
+def test_a_schedule_does_not_recompile(case):
+    """New values of balance, weights and targets, and another number of ignored rows: one graph."""
+    function, problem = CASES[case]
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(*args, **options):
+        return function(*args, **options)
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for step, ignored in enumerate([0.0, 0.3, 0.8, 1.0]):
+        problem = Problem(
+            {**problem.leaves, "balance": rand(N, seed=step), "row_weight": rand(N, seed=step + 9)},
+            class_indices((N,), V, seed=step, ignored=ignored),
+            problem.options,
+        )
+        actual, expected = evaluate(compiled, problem), evaluate(function, problem)
+        for name in expected:
+            assert_within(actual[name], expected[name], 1e-6, 1e-9, name)
+    assert counter.frame_count == 1
+
+
+def test_scalar_balance_tensor_does_not_recompile():
+    counter = CompileCounterWithBackend("eager")
+    hidden, weight, target = randn(N, D), randn(V, D), class_indices((N,), V)
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def call(balance):
+        return tightrope.linear_reality_creativity_loss(hidden, weight, target, balance=balance)
+
+    for value in (0.0, 0.25, 1.0):
+        expected = reference.linear_reality_creativity_loss(hidden, weight, target, balance=value)
+        assert call(torch.tensor(value)).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_compiled_without_gradients():
+    """Evaluation, as one graph."""
+    hidden, weight = randn(N, D), randn(V, D)
+    target = class_indices((N,), V, ignored=0.5)
+    compiled = torch.compile(tightrope.linear_reality_creativity_loss, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        actual = compiled(hidden, weight, target, balance=0.5)
+    expected = tightrope.linear_reality_creativity_loss(hidden, weight, target, balance=0.5)
+    assert torch.equal(actual, expected)
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of operators of this library, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "tightrope":
+            kept = tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
+            self.calls.setdefault(function.name(), []).append((function, kept, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def recorded_calls():
+    with Recorder() as recorder:
+        for function, problem in CASES.values():
+            evaluate(function, problem)
+    return recorder.calls
+
+
+def registered():
+    names = torch._C._dispatch_get_all_op_names()
+    return {name for name in names if name.startswith("tightrope::")}
+
+
+# Called by the other operators, where no mode sees them; they write into arguments, see below.
+PRIMITIVES = {"tightrope::row_stats", "tightrope::row_grad"}
+
+
+def test_every_operator_is_checked():
+    assert set(recorded_calls()) | PRIMITIVES == registered()
+
+
+@pytest.mark.parametrize("name", sorted(registered() - PRIMITIVES))
+def test_operators(name):
+    """Schema, fake implementation and registration, as PyTorch checks its own operators."""
+    for function, args, kwargs in recorded_calls()[name]:
+        # The autograd Functions around the operators give the gradients, not a registered formula.
+        checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(function, args, kwargs, test_utils=checks)
+
+
+def primitive_arguments(kind):
+    """Arguments of a primitive over one tile of 10 rows and 40 entries, dispatched by hand."""
+    rows, width = 10, 40
+    target = {
+        "index": (class_indices((rows,), width), None, None, None),
+        "dense": (None, torch.softmax(randn(rows, width), -1), None, None),
+        "top_k": (None, None, *top_k((rows,), width)),
+    }[kind]
+    tail = (0, *target, randn(width, seed=3), torch.arange(rows) % 3 > 0, 0.7, 5.0)
+    return rows, randn(rows, width), tail
+
+
+@pytest.mark.parametrize("kind", ["index", "dense", "top_k"])
+@pytest.mark.parametrize("name", sorted(PRIMITIVES))
+def test_primitives(name, kind):
+    """The primitives write into tensors that the caller gives, as their schema says."""
+    rows, logits, tail = primitive_arguments(kind)
+    if name.endswith("row_stats"):
+        partial = torch.zeros(10, rows)
+        partial[0] = -float("inf")
+        args = (logits, partial, torch.full((rows,), -1), *tail)
+    else:
+        norm = torch.stack([logits.amax(-1), torch.ones(rows)])
+        args = (logits, torch.empty_like(logits).fill_(float("nan")), norm, randn(7, rows), *tail)
+    operator = getattr(torch.ops.tightrope, name.removeprefix("tightrope::")).default
+    torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_recorded_calls_give_the_same_bits():
+    """Recording is no special path: the operators give the same bits under a mode."""
+    function, problem = CASES["chunked"]
+    with Recorder():
+        recorded = evaluate(function, problem)
+    assert_same_bits(recorded, evaluate(function, problem))

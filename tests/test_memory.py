@@ -1,0 +1,118 @@
+"""Nothing ever holds the N x V logits: the peak memory of a fresh process, read from the kernel.
+
+A child process runs a small step first, so that libraries, threads and cached workspaces are there,
+then resets its high-water mark, runs the step, and prints how far the mark rose. Gradients that the
+caller gets are counted in. The sizes are chosen so that the logits would be many times the limit.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import BACKENDS, child_environment
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+pytestmark = pytest.mark.skipif(not RESET.exists(), reason="needs Linux's /proc to read peak memory")
+
+
+def high_water() -> int:
+    """Peak resident memory of this process in bytes."""
+    line = next(x for x in STATUS.read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def growth_in_child(code: str) -> float:
+    """MiB by which ``step()``, defined by ``code`` as a function of the rows, raised the peak."""
+    script = f"""
+import gc, torch, tightrope, test_memory
+from pathlib import Path
+torch.set_num_threads(2)
+{code}
+step(8)
+gc.collect()
+test_memory.RESET.write_text("5")
+before = test_memory.high_water()
+step(ROWS)
+print((test_memory.high_water() - before) / 2**20)
+"""
+    environment = child_environment(MALLOC_ARENA_MAX="1", OMP_NUM_THREADS="2")
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.split()[-1])
+
+
+LINEAR = """
+ROWS, V, D = {rows}, 50257, 16
+weight = torch.randn(V, D).requires_grad_()
+bias = torch.zeros(V).requires_grad_()
+def step(rows):
+    hidden = torch.randn(rows, D).requires_grad_()
+    target = torch.randint(V, (rows,))
+    {body}
+"""
+LOSS = """loss = tightrope.linear_reality_creativity_loss(
+        hidden, weight, target, bias, balance=0.3, reality="squared_error",
+        workspace_mb=16, {options})
+    loss.sum().backward()"""
+
+
+def logits_mib(rows):
+    return rows * 50257 * 4 / 2**20
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("strategy", "reduction"), [("chunked", "mean"), ("streaming", "mean"), ("streaming", "none")]
+)
+def test_training_step(strategy, reduction, backend):
+    """823 MB of logits (a third of that for the slower backend) are never there."""
+    rows = 4096 if backend == "cpu" else 1536
+    options = f"strategy={strategy!r}, backend={backend!r}, reduction={reduction!r}"
+    growth = growth_in_child(LINEAR.format(rows=rows, body=LOSS.format(options=options)))
+    assert growth < 80 < logits_mib(rows) / 3, f"grew by {growth:.0f} MiB"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "with torch.no_grad(): tightrope.linear_vocab_stats(hidden, weight, target, workspace_mb=16)",
+        "tightrope.linear_vocab_loss(hidden, weight, target, lambda s: s.entropy * s.lse, workspace_mb=16)"
+        ".backward()",
+        "tightrope.linear_vocab_stats(hidden, weight, workspace_mb=16).entropy.sum().backward()",
+    ],
+    ids=["evaluation", "own_loss", "statistics"],
+)
+def test_other_functions(body):
+    growth = growth_in_child(LINEAR.format(rows=2048, body=body))
+    assert growth < 80 < logits_mib(2048) / 4, f"grew by {growth:.0f} MiB"
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_logits_function(training):
+    """The gradient of the logits is all that is made, and evaluation makes nothing of that size."""
+    code = f"""
+ROWS, V = 1024, 50257
+logits = torch.randn(ROWS, V)
+def step(rows):
+    leaf, target = logits[:rows].requires_grad_({training}), torch.randint(V, (rows,))
+    loss = tightrope.reality_creativity_loss(leaf, target, balance=0.3)
+    return torch.autograd.grad(loss, leaf) if {training} else None
+"""
+    growth = growth_in_child(code)
+    limit = logits_mib(1024) * (1.1 if training else 0) + 20
+    assert growth < limit, f"grew by {growth:.0f} MiB, limit {limit:.0f}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_memory_does_not_grow_with_rows(dtype):
+    """Four times the rows: four times the gradient of the hidden states, and nothing else."""
+    body = LOSS.format(options="")
+    growths = []
+    for rows in (1024, 4096):
+        code = LINEAR.format(rows=rows, body=body).replace("D).requires", f"D, dtype={dtype}).requires")
+        growths.append(growth_in_child(code))
+    assert growths[1] < growths[0] + 12, f"grew by {growths} MiB"
