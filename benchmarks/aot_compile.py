@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for GPUs that are not there, and reads what came out.
 
-Every shipped configuration (kernels/configs.py) is compiled for its architecture, in bfloat16 and float32, for
+Each shipped configuration (kernels/configs.py) is compiled for its architecture, in bfloat16 and float32, for
 each kind of target, with bias and softcap on: the most that a kernel does. Registers, spills and shared
 memory come from the binary; the disassembly of the loop over D says how many instructions are issued beside
 the tensor-core ones, and what the epilogue adds. Run it without TRITON_INTERPRET.

@@ -26,9 +26,7 @@ class StreamConfig:
 @dataclass(frozen=True)
 class Architecture:
     shared_memory: int  # bytes that one program may have
-    segments: (
-        int  # pieces of the vocabulary for stream_stats: one for each processor, so that 16 rows fill it
-    )
+    segments: int  # of the vocabulary in stream_stats: one for each processor, for 16 rows to fill it
     half: StreamConfig  # bfloat16 and float16
     single: StreamConfig  # float32
     half_dense: StreamConfig | None = None  # of stream_stats for dense targets, whose epilogue holds more
@@ -50,7 +48,7 @@ ARCHITECTURES = {
         _SINGLE,
         half_dense=StreamConfig(128, 64, 32, 8, 4, pieces=2),
     ),
-    # Descriptors leave the addresses to the copy engine: 184 registers, and with pointers 255. 128 x 256 spills.
+    # Descriptors leave addresses to the copy engine: 184 registers, with pointers 255. 128 x 256 spills.
     "sm_90": Architecture(
         232448,
         132,

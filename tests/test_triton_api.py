@@ -1,4 +1,4 @@
-"""The public API with backend="triton" on CPU tensors in the interpreter, as a person without a GPU tries it."""
+"""The public API with backend="triton" in the interpreter, as a person without a GPU tries it."""
 
 import os
 
@@ -8,14 +8,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1; test_triton_interpreter.py runs it", allow_module_level=True)
 
 import torch
-from helpers import STRATEGIES, Problem, assert_same_bits, linear_problem, ours, rand, randn, top_k
-from test_against_reference import check
-from triton_bounds import checked_bounds
 
 import tightrope
+from helpers import STRATEGIES, Problem, assert_same_bits, linear_problem, ours, rand, randn, top_k
+from test_against_reference import check
 from tightrope import backends
 from tightrope.strategies import plan
 from tightrope.strategies.gemm import headroom
+from triton_bounds import checked_bounds
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 both = pytest.mark.parametrize("strategy", STRATEGIES)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from helpers import child_environment
 
 HERE = Path(__file__).parent

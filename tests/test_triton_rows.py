@@ -8,7 +8,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1; test_triton_interpreter.py runs it", allow_module_level=True)
 
 import torch
+
 from helpers import EPS32, assert_no_worse, randn
+from tightrope.backends import triton as backend
+from tightrope.kernels import configs
 from triton_bounds import OutOfBounds, checked_bounds
 from triton_cases import (
     HOSTILE,
@@ -21,9 +24,6 @@ from triton_cases import (
     rounding,
     truth,
 )
-
-from tightrope.backends import triton as backend
-from tightrope.kernels import configs
 
 # The interpreter's numpy warns where a GPU is silent: overflow, inf - inf.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -195,9 +195,7 @@ def test_a_class_out_of_range_makes_its_row_nan():
 
 
 def test_the_checker_sees_what_is_out_of_bounds():
-    problem = case(2, 100, 8, "none")
     logits = torch.zeros(2, 120)[:, :100]
-    partial, argmax = new_partial(problem)
     with checked_bounds(), pytest.raises(Exception, match="lie in no argument") as caught:
         backend.rows.row_grad[(2, 2)](
             *(logits, logits, torch.zeros(2, 2), torch.zeros(7, 2), None, None, None, None),

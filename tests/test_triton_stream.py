@@ -10,8 +10,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from dataclasses import replace
 
 import torch
-from helpers import EPS32, assert_no_worse, assert_rounded_once, randn
 from triton.runtime import interpreter
+
+from helpers import EPS32, assert_no_worse, assert_rounded_once, randn
+from tightrope.backends import triton as backend
+from tightrope.kernels import configs
 from triton_bounds import checked_bounds
 from triton_cases import (
     HOSTILE,
@@ -24,9 +27,6 @@ from triton_cases import (
     rounding,
     truth,
 )
-
-from tightrope.backends import triton as backend
-from tightrope.kernels import configs
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 NAN = float("nan")

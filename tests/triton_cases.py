@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from helpers import class_indices, rand, randn, top_k
 from torch import Tensor
 
+from helpers import class_indices, rand, randn, top_k
 from tightrope import reference
 from tightrope.coefficients import row_coefficients
 from tightrope.statistics import StatGrads, empty_partial, row_stats, summarise

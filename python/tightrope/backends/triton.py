@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import configs, rows, stream
 
-INTERPRETED = isinstance(rows.row_stats, triton.runtime.interpreter.InterpretedFunction)
+INTERPRETED = not isinstance(rows.row_stats, triton.JITFunction)
 # Kinds of target, by the numbers of kernels/arithmetic.py.
 KINDS = ("none", "index", "dense", "topk")
 # The parts of stream_stats that exist at a time, in bytes.
@@ -174,7 +174,7 @@ def row_grad(
 
 
 def serves_stream(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the streaming kernels take these: tensor cores have no float64, and take one dtype at a time."""
+    """Whether the streaming kernels take these: of one dtype, and not float64, which goes by rows."""
     return hidden.dtype == weight.dtype and hidden.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -4,8 +4,8 @@ PyTorch multiplies float32 matrices on an x86 CPU with MKL, which on AMD process
 AVX2 kernels: 205 GFLOP/s on two cores where oneDNN, which PyTorch ships too, reaches 480. There the product
 goes through oneDNN. It computes in float32 as well and gives the same bits each time.
 
-On CUDA products of bfloat16 and float16 matrices go to float32 as they are; on other devices a GEMM rounds its
-result to the operands' dtype, so there they are converted first.
+On CUDA products of bfloat16 and float16 matrices go to float32 as they are; on other devices a GEMM rounds
+its result to the operands' dtype, so there they are converted first.
 """
 
 from __future__ import annotations
