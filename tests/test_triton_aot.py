@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 from helpers import ROOT, child_environment
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

@@ -1,9 +1,9 @@
 """The streaming strategy: the vocabulary goes by in tiles, and no more than a tile of logits exists.
 
 Forward: one GEMM, with the statistics of each tile merged into those of its rows; where the backend fuses
-the two, no logits exist at all. Backward: the tile's logits are made again, become their gradient, and go into
-two GEMMs, four in all. Each tile of dW is summed over all rows in float32 and written once. This is also how rows
-alone are scored: evaluation, and any loss whose upstream gradients arrive only with the backward.
+the two, no logits exist at all. Backward: the tile's logits are made again, become their gradient, and go
+into two GEMMs, four in all. Each tile of dW is summed over all rows in float32 and written once. This is also
+how rows alone are scored: evaluation, and any loss whose upstream gradients arrive only with the backward.
 """
 
 from __future__ import annotations
