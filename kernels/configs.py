@@ -38,8 +38,8 @@ class Architecture:
         return dense if dense and kernel == "stream_stats" and kind == "dense" else usual
 
 
-# IEEE float32 products are ordinary instructions on NVIDIA, whose operands fill the registers: small tiles, and
-# on sm_90 and sm_100 smaller ones, where the assembler settles on 128 registers and spills.
+# IEEE float32 products are ordinary instructions on NVIDIA, whose operands fill the registers: small tiles,
+# and smaller ones on sm_90 and sm_100, where the assembler settles on 128 registers and spills.
 _SINGLE = StreamConfig(64, 64, 16, 8, 3, pieces=2)
 _SINGLE_SMALL = StreamConfig(64, 32, 16, 8, 3, pieces=1)
 ARCHITECTURES = {

@@ -29,6 +29,7 @@ from helpers import (
     top_k,
 )
 from tightrope import reference
+from tightrope.statistics import empty_partial
 
 # The compiler's own use of deprecated parts of PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -248,9 +249,7 @@ def test_primitives(name, kind):
     """The primitives write into tensors that the caller gives, as their schema says."""
     rows, logits, tail = primitive_arguments(kind)
     if name.endswith("row_stats"):
-        partial = torch.zeros(10, rows)
-        partial[0] = -float("inf")
-        args = (logits, partial, torch.full((rows,), -1), *tail)
+        args = (logits, *empty_partial(rows, torch.float32, torch.device("cpu")), *tail)
     else:
         norm = torch.stack([logits.amax(-1), torch.ones(rows)])
         args = (logits, torch.empty_like(logits).fill_(float("nan")), norm, randn(7, rows), *tail)

@@ -248,7 +248,13 @@ def test_user_loss_of_ignored_rows_does_not_leak(skip_ignored, backend, strategy
     assert all(value.isfinite().all() for value in actual.values())
 
 
-PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::bmm": 0, "aten::baddbmm_": 1}
+# Matrix products: where the first factor [m, k] stands among the arguments, and the n of the second.
+PRODUCTS = {
+    "aten::mm": (0, -1),
+    "aten::addmm": (1, -1),
+    "aten::addmm_": (1, -1),
+    "mkldnn::_linear_pointwise": (0, 0),
+}
 
 
 def profiled_step(problem, frozen, **options):
@@ -267,9 +273,9 @@ def profiled_step(problem, frozen, **options):
     products = [e for e in products if e.cpu_parent is None or e.cpu_parent.name not in PRODUCTS]
     operations = 0
     for event in products:
-        first = PRODUCTS[event.name]
+        first, last = PRODUCTS[event.name]
         left, right = event.input_shapes[first : first + 2]
-        operations += 2 * math.prod(left) * right[-1]
+        operations += 2 * math.prod(left) * right[last]
     return operations, max(e.self_cpu_memory_usage for e in events), leaves
 
 

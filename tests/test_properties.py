@@ -117,18 +117,17 @@ def test_balance_of_each_token_is_that_many_losses(backend):
 @pytest.mark.parametrize("where", ["hidden", "logits"])
 def test_bad_rows_stay_alone(where, bad, backend):
     """A NaN or inf reaches its own row's loss and gradient, and no other row's."""
-    problem = linear_problem(7, vocab=1030, reduction="none", balance=0.3)
+    options = {"reduction": "none", "balance": 0.3}
+    problem = linear_problem(40, vocab=1030, **options)
     if where == "logits":
-        problem = Problem(
-            {"input": problem.raw_logits(F32)}, problem.target, {"reduction": "none", "balance": 0.3}
-        )
+        problem = Problem({"input": problem.raw_logits(F32)}, problem.target, options)
     clean = ours(problem, backend=backend)
     problem.leaves["input"] = problem.leaves["input"].clone()
-    problem.leaves["input"][4] = bad
+    problem.leaves["input"][21] = bad
     actual = ours(problem, backend=backend)
-    assert not actual["loss"][4].isfinite()
-    assert not actual["input"][4].isfinite().all()
-    others = torch.arange(7) != 4
+    assert not actual["loss"][21].isfinite()
+    assert not actual["input"][21].isfinite().all()
+    others = torch.arange(40) != 21
     for name in ("loss", "input"):
         assert torch.equal(actual[name][others], clean[name][others]), name
 
@@ -160,6 +159,21 @@ def test_autocast_changes_nothing(input_dtype, strategy):
     expected = ours(logits)
     with torch.autocast("cpu", dtype=BF16):
         assert_same_bits(ours(logits), expected)
+
+
+@strategies
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_matmul_precision_changes_nothing(precision, strategy):
+    """Scripts ask for fast GPU products with a global setting; the logits stay float32 on a CPU."""
+    problem = linear_problem(32, vocab=2000, width=64, balance=0.3, strategy=strategy)
+    expected = ours(problem)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        actual = ours(problem)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert_close(actual, expected, 1e-6)
 
 
 def test_autocast_of_a_model():

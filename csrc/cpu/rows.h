@@ -73,7 +73,8 @@ Partial<T> row_block_statistics(const T* z, int64_t n, T max, const T* dense) {
       horizontal_sum(sums.target_mass),
       horizontal_sum(sums.shift),
       horizontal_sum(sums.square),
-      static_cast<T>(n)};
+      static_cast<T>(n),
+      horizontal_sum(sums.plain)};
 }
 
 // Merges the statistics of logits [rows, cols], row stride `stride`, into partial [kPartialFields,

@@ -132,7 +132,7 @@ def linear_reality_creativity_loss(
     square = None
     if reality == "squared_error":
         square = _tokens.target_square(target, vocab_size, ignore_index, shift, label_smoothing, dtype)
-    rows = input.reshape(-1, input.shape[-1])
+    rows = input.reshape(shape.numel(), input.shape[-1])
     tail = _linear_tail(flat, logit_scale, softcap, skip_ignored, workspace_mb, backend, input.device)
     if _strategy(strategy, reduction, rows, weight, bias, workspace_mb) == "chunked":
         loss, summary, argmax = ChunkedLoss.apply(scale, balances, square, terms, rows, weight, bias, *tail)
@@ -253,7 +253,7 @@ def linear_vocab_stats(
     validation.run_options(backend, workspace_mb, None, skip_ignored)
     flat = _tokens.flatten_target(target, shape, ignore_index, shift, input.device)
     tail = _linear_tail(flat, logit_scale, softcap, skip_ignored, workspace_mb, backend, input.device)
-    stats = LinearVocabStats.apply(input.reshape(-1, input.shape[-1]), weight, bias, *tail)
+    stats = LinearVocabStats.apply(input.reshape(shape.numel(), input.shape[-1]), weight, bias, *tail)
     return _tokens.unflatten(RowStats(*stats), shape, target is not None)
 
 
@@ -321,7 +321,7 @@ def linear_vocab_loss(
     flat = _tokens.flatten_target(target, shape, ignore_index, shift, input.device)
     scale = _tokens.row_scale(flat.valid, row_weight, reduction, normalizer, shape, input, dtype)
     args = [_tokens.flatten_arg(arg, shape, flat.valid) for arg in row_args]
-    rows = input.reshape(-1, input.shape[-1])
+    rows = input.reshape(shape.numel(), input.shape[-1])
     tail = _linear_tail(flat, logit_scale, softcap, skip_ignored, workspace_mb, backend, input.device)
     chosen = _strategy(strategy, reduction, rows, weight, bias, workspace_mb)
     # A compiler sees a user's loss as plain Python between two operators, and not in a loop over chunks.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .errors import UserError
 
-DEFAULT_MODES = ("precise=0", "balanced=0.1", "creative=0.2")
+DEFAULT_MODES = ("precise=0", "balanced=0.1", "creative=0.15")
 TRAIN_EXTRA = ("transformers", "accelerate", "gguf", "matplotlib", "psutil", "rich")
 
 

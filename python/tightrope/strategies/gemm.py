@@ -31,7 +31,7 @@ def multiply(
         if widens(a.device, a.dtype):
             return torch.addmm(out, a, b, beta=int(accumulate), out_dtype=out.dtype, out=out)
         a, b = a.to(out.dtype), b.to(out.dtype)
-    if a.device.type == "cpu" and a.dtype == torch.float32 and _prefers_onednn():
+    if a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and _prefers_onednn():
         # What torch.compile calls for a linear layer: x [m, k] and weight [n, k] -> x @ weight.T.
         product = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
         return out.add_(product) if accumulate else out.copy_(product)
