@@ -80,7 +80,7 @@ def test_hostile(kind, how):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (63, 2), (64, 1), (65, 3), (129, 1), (257, 7)])
+@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (64, 2), (65, 3), (257, 7)])
 def test_tails_softcap_and_masked_rows(kind, columns, rows):
     check(case(rows, columns, 8, kind, softcap=5.0, masked_rows=True, seed=columns))
     check(case(rows, columns, 8, kind, bias=False, logit_scale=1.0, seed=columns))
