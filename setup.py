@@ -1,12 +1,17 @@
-"""Builds the CPU extension, once per instruction set; all other settings are in pyproject.toml.
+"""Builds the extensions; all other settings are in pyproject.toml.
 
-``TIGHTROPE_BUILD_EXT=0`` installs without it: the package then runs on plain PyTorch over the same chunks.
+The CPU extension is built once per instruction set, the CUDA extension where nvcc and a CUDA build of torch
+are present. ``TIGHTROPE_BUILD_EXT=0`` installs without either: the package then runs on plain PyTorch over
+the same chunks. ``TIGHTROPE_CUDA=0`` leaves the CUDA extension out, ``TIGHTROPE_CUDA=1`` insists on it, and
+``TORCH_CUDA_ARCH_LIST`` names its architectures.
 """
 
+import glob
 import os
 import platform
 import shutil
 import sys
+from pathlib import Path
 
 from setuptools import setup
 
@@ -30,11 +35,68 @@ INSTRUCTION_SETS = {
 QUIET = ["-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
+# A100 and what else runs code for 8.0, H100, B200, RTX 50; PTX for what comes after.
+CUDA_ARCHITECTURES = "8.0;9.0a;10.0;12.0+PTX"
+
+
 def fail(missing: str, remedy: str) -> None:
     sys.exit(
         f"\ntightrope: cannot build the CPU extension: {missing}.\n  {remedy}\n"
         "  Or set TIGHTROPE_BUILD_EXT=0 to install without it (slower, same results).\n"
     )
+
+
+def missing_for_cuda() -> tuple[str, str] | None:
+    """What the CUDA extension lacks, and the remedy; None where it can be built."""
+    import torch
+    from torch.utils import cpp_extension
+
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is not a CUDA build",
+            f"Install a CUDA build of torch {torch.__version__.partition('+')[0]}.",
+        )
+    # torch takes the folder above the nvcc on the path, which need not be the toolkit: nvcc may be a script.
+    homes = [home for home in (cpp_extension.CUDA_HOME, "/usr/local/cuda") if home]
+    found = [home for home in homes if (Path(home) / "include" / "cuda_runtime.h").exists()]
+    if not found:
+        return (
+            f"no CUDA toolkit in {' or '.join(homes)}",
+            f"Install the CUDA {torch.version.cuda} toolkit, or point CUDA_HOME at it.",
+        )
+    cpp_extension.CUDA_HOME = found[0]
+    return None
+
+
+def cuda_extensions() -> list:
+    """The CUDA extension, or nothing and one line that says why."""
+    wish = os.environ.get("TIGHTROPE_CUDA", "")
+    if wish == "0":
+        return []
+    lack = missing_for_cuda()
+    if lack is not None:
+        if wish == "1":
+            sys.exit(
+                f"\ntightrope: TIGHTROPE_CUDA=1, but the CUDA extension cannot be built: {lack[0]}.\n"
+                f"  {lack[1]}\n"
+            )
+        print(f"tightrope: building without the CUDA extension: {lack[0]}")
+        return []
+    from torch.utils.cpp_extension import CUDAExtension
+
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    return [
+        CUDAExtension(
+            "tightrope._C_cuda",
+            ["csrc/cuda/bindings.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))],
+            depends=["csrc/row_math.h", *glob.glob("csrc/cuda/*.h"), *glob.glob("csrc/cuda/*.cuh")],
+            define_macros=[("TIGHTROPE_CUDA_ARCHITECTURES", f'"{architectures}"')],
+            extra_compile_args={
+                "cxx": ["-O3", "-std=c++20", "-fvisibility=hidden"],
+                "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr"],
+            },
+        )
+    ]
 
 
 def extensions() -> dict:
@@ -78,6 +140,7 @@ def extensions() -> dict:
                 ],
             )
         )
+    modules += cuda_extensions()
     return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExtension}}
 
 

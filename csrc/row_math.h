@@ -52,29 +52,151 @@ TIGHTROPE_HD T origin(T max) {
   return max == -std::numeric_limits<T>::infinity() ? T(0) : max;
 }
 
+// Scalar forms of operations that a vector type brings along (for at::vec's vectors they are found
+// by argument-dependent lookup). `maximum` gives NaN if either side is NaN, which std::max does not
+// promise.
+TIGHTROPE_HD float fmadd(float a, float b, float c) {
+  return a * b + c;
+}
+TIGHTROPE_HD double fmadd(double a, double b, double c) {
+  return a * b + c;
+}
+
+TIGHTROPE_HD float maximum(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+#else
+  return (a > b || a != a) ? a : b;
+#endif
+}
+TIGHTROPE_HD double maximum(double a, double b) {
+  return (a > b || a != a) ? a : b;
+}
+
+// Adds one entry to sums relative to a maximum: d = z - origin(max), e = exp(d). T may be a vector.
+// The caller adds d to shift_sum: past the end of a row a vector lane has e = 0, but no d that is
+// 0.
+template <class T>
+TIGHTROPE_HD void add_entry(
+    Partial<T>& sums, const T& z, const T& d, const T& e, const T& log_zero) {
+  sums.logit_sum = sums.logit_sum + z;
+  sums.square_sum = fmadd(z, z, sums.square_sum);
+  sums.sum_exp = sums.sum_exp + e;
+  sums.sum_exp_shift = fmadd(e, maximum(d, log_zero), sums.sum_exp_shift);
+  sums.sum_exp_square = fmadd(e, e, sums.sum_exp_square);
+}
+
+// Adds target mass b at an entry; d must be 0 where b is, so that 0 * -inf does not arise.
+template <class T>
+TIGHTROPE_HD void add_target(Partial<T>& sums, const T& b, const T& d, const T& e) {
+  sums.target_shift = fmadd(b, d, sums.target_shift);
+  sums.target_exp = fmadd(b, e, sums.target_exp);
+  sums.target_mass = sums.target_mass + b;
+}
+
+// The same sums relative to another, larger maximum.
+template <class T>
+TIGHTROPE_HD Partial<T> rebase(const Partial<T>& part, T max) {
+  Partial<T> out = part;
+  out.max = max;
+  const T shift = origin(part.max) - origin(max);
+  const T scale = part.sum_exp == T(0) ? T(0) : T(std::exp(shift));
+  out.sum_exp = scale * part.sum_exp;
+  out.sum_exp_shift = scale * (part.sum_exp_shift + shift * part.sum_exp);
+  out.sum_exp_square = scale * scale * part.sum_exp_square;
+  out.target_shift = part.target_shift + shift * part.target_mass;
+  out.target_exp = scale * part.target_exp;
+  out.shift_sum = part.shift_sum + shift * part.count;
+  return out;
+}
+
 // Merge the statistics of two disjoint parts of one row. Associative, so a row may be cut anywhere.
 template <class T>
 TIGHTROPE_HD Partial<T> merge(const Partial<T>& a, const Partial<T>& b) {
-  Partial<T> out;
-  // A NaN on either side must survive, which std::max does not promise.
-  out.max = (a.max > b.max || a.max != a.max) ? a.max : b.max;
-  const T shift_a = origin(a.max) - origin(out.max);
-  const T shift_b = origin(b.max) - origin(out.max);
-  const T scale_a = a.sum_exp == T(0) ? T(0) : std::exp(shift_a);
-  const T scale_b = b.sum_exp == T(0) ? T(0) : std::exp(shift_b);
-  out.sum_exp = scale_a * a.sum_exp + scale_b * b.sum_exp;
-  out.sum_exp_shift = scale_a * (a.sum_exp_shift + shift_a * a.sum_exp) +
-                      scale_b * (b.sum_exp_shift + shift_b * b.sum_exp);
-  out.sum_exp_square = scale_a * scale_a * a.sum_exp_square + scale_b * scale_b * b.sum_exp_square;
-  out.target_shift =
-      (a.target_shift + shift_a * a.target_mass) + (b.target_shift + shift_b * b.target_mass);
-  out.target_exp = scale_a * a.target_exp + scale_b * b.target_exp;
-  out.target_mass = a.target_mass + b.target_mass;
-  out.shift_sum = (a.shift_sum + shift_a * a.count) + (b.shift_sum + shift_b * b.count);
-  out.square_sum = a.square_sum + b.square_sum;
-  out.count = a.count + b.count;
-  out.logit_sum = a.logit_sum + b.logit_sum;
+  const T max = maximum(a.max, b.max);
+  Partial<T> out = rebase(a, max);
+  const Partial<T> other = rebase(b, max);
+  out.sum_exp += other.sum_exp;
+  out.sum_exp_shift += other.sum_exp_shift;
+  out.sum_exp_square += other.sum_exp_square;
+  out.target_shift += other.target_shift;
+  out.target_exp += other.target_exp;
+  out.target_mass += other.target_mass;
+  out.shift_sum += other.shift_sum;
+  out.square_sum += other.square_sum;
+  out.count += other.count;
+  out.logit_sum += other.logit_sum;
   return out;
+}
+
+// Whether the maximum `max`, found at entry `at`, goes before another as a row's argmax: the larger
+// one, NaN above all, then the lower entry. An unsigned -1 stands for no entry.
+template <class T, class Index>
+TIGHTROPE_HD bool precedes(T max, Index at, T other, Index other_at) {
+  const bool nan = max != max, other_nan = other != other;
+  if (nan || other_nan) return nan && (!other_nan || at < other_at);
+  return max > other || (max == other && at < other_at);
+}
+
+// What follows from the statistics of a whole row, as far as a gradient needs it.
+template <class T>
+struct Summary {
+  T max, log_sum, entropy, collision, target_prob, target_mass;
+};
+
+// target_must_occur: the row has one target class. Where none was met the class is out of range,
+// and the row's loss and gradient become NaN.
+template <class T>
+TIGHTROPE_HD Summary<T> summarise(const Partial<T>& row, bool target_must_occur) {
+  const T log_sum = std::log(row.sum_exp);
+  const bool lost = target_must_occur && row.target_mass == T(0);
+  const T mass = lost ? std::numeric_limits<T>::quiet_NaN() : row.target_mass;
+  return {
+      row.max,
+      log_sum,
+      log_sum - row.sum_exp_shift / row.sum_exp,
+      row.sum_exp_square / (row.sum_exp * row.sum_exp),
+      lost ? mass : row.target_exp / row.sum_exp,
+      mass};
+}
+
+// Upstream gradients of a row's statistics where they must be known before the statistics are: each
+// is a constant or a small function of its statistic, which covers the built-in losses. The order
+// is the layout of the `upstream` tensors, [kUpstreamFields, rows].
+template <class T>
+struct Upstream {
+  T lse, lse_slope;             // g_lse = lse + lse_slope * lse of the row
+  T collision, collision_rate;  // g_collision = collision + collision_rate / collision of the row
+  T entropy, target_logit, target_prob, target_log_prob, mean_log_prob, logit_sum, logit_square_sum;
+};
+constexpr int kUpstreamFields = 11;
+
+template <class T>
+TIGHTROPE_HD Coefficients<T> coefficients(
+    const Summary<T>& row, const Upstream<T>& up, T vocab_size) {
+  const T lse = up.lse + (up.lse_slope == T(0) ? T(0) : up.lse_slope * (row.max + row.log_sum));
+  // g_collision times the collision: a rate needs no division here.
+  const T weighed = up.collision * row.collision + up.collision_rate;
+  const T rate = up.collision_rate == T(0) ? T(0) : up.collision_rate / row.collision;
+  Coefficients<T> c;
+  c.prob = lse - up.entropy * row.entropy - 2 * weighed - up.target_prob * row.target_prob -
+           up.target_log_prob * row.target_mass - up.mean_log_prob;
+  c.prob_log_prob = -up.entropy;
+  c.prob_square = 2 * (up.collision + rate);
+  c.target = up.target_logit + up.target_log_prob;
+  c.target_prob = up.target_prob;
+  c.logit = 2 * up.logit_square_sum;
+  c.constant = up.logit_sum + up.mean_log_prob / vocab_size;
+  return c;
+}
+
+// log p of an entry. The maximum and the log of the sum are not added up first: z - max - log_sum
+// keeps the precision of the difference.
+template <class V>
+TIGHTROPE_HD V log_probability(const V& z, const V& max, const V& log_sum) {
+  return (z - max) - log_sum;
 }
 
 // dloss/dz_j of an entry that carries no target mass, but for `logit` and `constant`.

@@ -40,6 +40,31 @@ def test_a_missing_tool_is_named_with_its_remedy(command, environment, missing):
     assert "Traceback" not in done.stderr
 
 
+def needs_cpu_torch():
+    import torch
+
+    if torch.version.cuda is not None:
+        pytest.skip("this torch is a CUDA build")
+
+
+def test_the_cuda_extension_is_left_out_with_one_line():
+    needs_cpu_torch()
+    done = run("setup.py", "--name")
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if "tightrope: " in line]
+    assert len(said) == 1
+    assert "without the CUDA extension" in said[0] and "is not a CUDA build" in said[0]
+    assert "tightrope: " not in run("setup.py", "--name", TIGHTROPE_CUDA="0").stdout
+
+
+def test_the_cuda_extension_can_be_insisted_on():
+    needs_cpu_torch()
+    done = run("setup.py", "--name", TIGHTROPE_CUDA="1")
+    assert done.returncode != 0
+    assert "TIGHTROPE_CUDA=1" in done.stderr and "Install a CUDA build of torch" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_extension_can_be_left_out():
     done = run("setup.py", "--name", TIGHTROPE_BUILD_EXT="0", CXX="no-such-compiler")
     assert done.returncode == 0, done.stderr

@@ -88,9 +88,9 @@ void column_stats(
               if (targets.dense != nullptr) sums.add_target(group.dense(targets, first + j), d, e);
             }
             alignas(64) T field[9][kLanes];
-            const Vec all[9] = {sums.exp,          sums.exp_shift,  sums.exp_square,
-                                sums.target_shift, sums.target_exp, sums.target_mass,
-                                sums.shift,        sums.square,     sums.plain};
+            const Vec all[9] = {sums.sum_exp,      sums.sum_exp_shift, sums.sum_exp_square,
+                                sums.target_shift, sums.target_exp,    sums.target_mass,
+                                sums.shift_sum,    sums.square_sum,    sums.logit_sum};
             for (int f = 0; f < 9; ++f) all[f].store(field[f]);
             for (int64_t l = 0; l < group.lanes; ++l) {
               const int64_t i = group.begin + l;
@@ -147,7 +147,7 @@ void column_grad(
             load_column_block(logits, stride, group, first, n, transform, z);
             for (int64_t j = 0; j < n; ++j) {
               const Vec v = Vec::loadu(z + j * kLanes);
-              const Vec log_p = (v - max) - log_sum;
+              const Vec log_p = log_probability(v, max, log_sum);
               const Vec p = log_p.exp();
               Vec grad = prob_gradient(p, at::vec::maximum(log_p, log_zero), c);
               if (targets.dense != nullptr) {

@@ -72,39 +72,29 @@ struct Targets {
   }
 };
 
-// The sums of a Partial, one in each lane.
+// The sums of a Partial, one in each lane; max and count stay unused.
 template <class T>
-struct Sums {
+struct Sums : Partial<Vectorized<T>> {
   using Vec = Vectorized<T>;
-  Vec exp{T(0)}, exp_shift{T(0)}, exp_square{T(0)}, shift{T(0)}, square{T(0)}, plain{T(0)};
-  Vec target_shift{T(0)}, target_exp{T(0)}, target_mass{T(0)};
 
   // One entry in each lane: z is what it and its square count as, `counted` what its shift counts
   // as, and d its shift as an exponent; they differ only in lanes past the end of a row. Gives e^d.
   Vec add(Vec z, Vec counted, Vec d) {
     const Vec e = d.exp();
-    exp = exp + e;
-    exp_shift = at::vec::fmadd(e, at::vec::maximum(d, Vec(static_cast<T>(kLogZero))), exp_shift);
-    exp_square = at::vec::fmadd(e, e, exp_square);
-    shift = shift + counted;
-    square = at::vec::fmadd(z, z, square);
-    plain = plain + z;
+    add_entry<Vec>(*this, z, d, e, Vec(static_cast<T>(kLogZero)));
+    this->shift_sum = this->shift_sum + counted;
     return e;
   }
 
   // Dense target mass b at that entry. A mass of 0 at an impossible entry is 0 * -inf.
   void add_target(Vec b, Vec d, Vec e) {
     const Vec zero(T(0));
-    target_shift = at::vec::fmadd(b, Vec::blendv(d, zero, b == zero), target_shift);
-    target_exp = at::vec::fmadd(b, e, target_exp);
-    target_mass = target_mass + b;
+    tightrope::add_target<Vec>(*this, b, Vec::blendv(d, zero, b == zero), e);
   }
 
   // The same for sparse mass, in a Partial that is already reduced.
   static void add_sparse(Partial<T>& part, T mass, T d) {
-    part.target_shift += mass * d;
-    part.target_exp += mass * std::exp(d);
-    part.target_mass += mass;
+    tightrope::add_target<T>(part, mass, d, std::exp(d));
   }
 };
 

@@ -65,16 +65,16 @@ Partial<T> row_block_statistics(const T* z, int64_t n, T max, const T* dense) {
   }
   return {
       max,
-      horizontal_sum(sums.exp),
-      horizontal_sum(sums.exp_shift),
-      horizontal_sum(sums.exp_square),
+      horizontal_sum(sums.sum_exp),
+      horizontal_sum(sums.sum_exp_shift),
+      horizontal_sum(sums.sum_exp_square),
       horizontal_sum(sums.target_shift),
       horizontal_sum(sums.target_exp),
       horizontal_sum(sums.target_mass),
-      horizontal_sum(sums.shift),
-      horizontal_sum(sums.square),
+      horizontal_sum(sums.shift_sum),
+      horizontal_sum(sums.square_sum),
       static_cast<T>(n),
-      horizontal_sum(sums.plain)};
+      horizontal_sum(sums.logit_sum)};
 }
 
 // Merges the statistics of logits [rows, cols], row stride `stride`, into partial [kPartialFields,
@@ -139,7 +139,7 @@ void row_grad(
         for (int64_t j = 0; j < n; j += kLanes) {
           const int64_t lanes = std::min(kLanes, n - j);
           const Vec v = Vec::loadu(z + j, lanes);
-          const Vec log_p = (v - Vec(max)) - Vec(log_sum);
+          const Vec log_p = log_probability(v, Vec(max), Vec(log_sum));
           const Vec p = log_p.exp();
           Vec grad = prob_gradient(p, at::vec::maximum(log_p, log_zero), lanes_c);
           if (dense != nullptr)
@@ -150,7 +150,7 @@ void row_grad(
           grad.store(g + j, lanes);
         }
         targets.for_sparse(i, offset + first, n, [&](int64_t column, T mass) {
-          g[column] += target_gradient(mass, std::exp((z[column] - max) - log_sum), c);
+          g[column] += target_gradient(mass, std::exp(log_probability(z[column], max, log_sum)), c);
         });
         if (!transform.is_identity()) {
           for (int64_t j = 0; j < n; j += kLanes) {

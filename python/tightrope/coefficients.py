@@ -61,3 +61,40 @@ def row_coefficients(summary: Tensor, grads: StatGrads, vocab_size: int) -> Tens
     return torch.stack(
         RowCoefficients(prob, prob_log_prob, prob_square, target, target_prob, logit, constant)
     )
+
+
+class RowUpstream(NamedTuple):
+    """Upstream gradients of the statistics where they must be known before the statistics are, [rows] each.
+
+    Each is a constant, or a small function of its statistic: ``g_lse = lse + lse_slope * lse(row)`` and
+    ``g_collision = collision + collision_rate / collision(row)``. That covers the built-in losses. The order
+    is that of `Upstream` in csrc/row_math.h.
+    """
+
+    lse: Tensor
+    lse_slope: Tensor
+    collision: Tensor
+    collision_rate: Tensor
+    entropy: Tensor
+    target_logit: Tensor
+    target_prob: Tensor
+    target_log_prob: Tensor
+    mean_log_prob: Tensor
+    logit_sum: Tensor
+    logit_square_sum: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, **fields: Tensor | float) -> Tensor:
+        """[UPSTREAM, rows] from some of the fields, the others 0; rows [rows] gives dtype and device."""
+        zero = torch.zeros_like(rows)
+        return torch.stack([zero + fields.get(name, 0.0) for name in cls._fields])
+
+    def at(self, summary: Tensor) -> StatGrads:
+        """The upstream gradients themselves, once the summary [SUMMARY, rows] is known."""
+        s = dict(zip(SUMMARY, summary))
+        slope = torch.where(self.lse_slope == 0, 0.0, self.lse_slope * (s["max"] + s["log_sum"]))
+        rate = torch.where(self.collision_rate == 0, 0.0, self.collision_rate / s["collision"])
+        constant = {name: getattr(self, name) for name in StatGrads._fields}
+        return StatGrads(
+            **{**constant, "lse": self.lse + slope, "collision": self.collision + rate},
+        )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .coefficients import RowUpstream
 from .statistics import RowStats, StatGrads
 
 REALITY = ("cross_entropy", "squared_error")
@@ -79,3 +80,20 @@ class RealityCreativity:
             grads["logit_square_sum"] = 0.5 * self.logit_l2 * upstream
         reality, creativity = self.terms(stats, target_square)
         return StatGrads(**grads), upstream * (creativity - reality)
+
+    def upstream(self, balance: Tensor, upstream: Tensor) -> Tensor:
+        """`gradients` without the statistics: [UPSTREAM, rows], as a fused kernel takes them."""
+        to_reality, to_creativity = upstream * (1.0 - balance), upstream * balance
+        keep = 1.0 - self.label_smoothing
+        cross_entropy, entropy = self.reality == "cross_entropy", self.creativity == "entropy"
+        return RowUpstream.of(
+            upstream,
+            lse_slope=2.0 * self.z_loss * upstream,
+            collision=0.0 if cross_entropy else 0.5 * to_reality,
+            collision_rate=0.0 if entropy else to_creativity,
+            entropy=-to_creativity if entropy else 0.0,
+            target_prob=0.0 if cross_entropy else -keep * to_reality,
+            target_log_prob=-keep * to_reality if cross_entropy else 0.0,
+            mean_log_prob=-self.label_smoothing * to_reality if cross_entropy else 0.0,
+            logit_square_sum=0.5 * self.logit_l2 * upstream,
+        )

@@ -1,4 +1,4 @@
-"""Which implementation of the row primitives serves a device: one table, and the loading of the extension."""
+"""Which implementation of the row primitives serves a device: one table, and loading the extensions."""
 
 from __future__ import annotations
 
@@ -39,6 +39,24 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 _extension, _extension_detail = _load_extension()
 
 
+def _load_cuda_extension() -> tuple[ModuleType | None, str]:
+    """The CUDA extension, and what it was built for, or why it is not here."""
+    if os.environ.get("TIGHTROPE_DISABLE_EXT") == "1":
+        return None, "switched off by TIGHTROPE_DISABLE_EXT=1"
+    if torch.version.cuda is None:
+        return None, "this torch is not a CUDA build"
+    try:
+        module = importlib.import_module("tightrope._C_cuda")
+    except ModuleNotFoundError:
+        return None, "not built"
+    except ImportError as error:  # built for another torch, say
+        return None, f"_C_cuda does not load: {error}"
+    return module, f"_C_cuda, for {module.architectures}"
+
+
+_cuda_extension, _cuda_extension_detail = _load_cuda_extension()
+
+
 @dataclass(frozen=True)
 class Backend:
     """An implementation of the row primitives; their contract is at the top of ``ops.py``.
@@ -52,9 +70,11 @@ class Backend:
     detail: str
     row_stats: Callable[..., None]
     row_grad: Callable[..., None]
+    row_loss_grad: Callable[..., None] = ops.row_loss_grad
     stream_stats: Callable[..., None] | None = None
     stream_grad: Callable[..., None] | None = None
     serves_stream: Callable[..., bool] = lambda hidden, weight: False
+    narrows: bool = False  # row_grad writes to an out of a narrower dtype than the logits
     on_request: tuple[str, ...] = ()  # devices that it serves where it is asked for by name
 
     def serves(self, device: torch.device, asked: bool = False) -> bool:
@@ -76,6 +96,7 @@ def _find_triton() -> tuple[bool, str]:
 
 
 _has_triton, _triton_detail = _find_triton()
+_STREAMING = {name: _triton(name) for name in ("stream_stats", "stream_grad", "serves_stream") if _has_triton}
 
 
 # In order of preference.
@@ -90,6 +111,17 @@ BACKENDS = {
             torch.ops.tightrope.row_stats,
             torch.ops.tightrope.row_grad,
         ),
+        # Its own row kernels, and Triton's streaming ones.
+        Backend(
+            "cuda",
+            ("cuda",),
+            _cuda_extension is not None,
+            _cuda_extension_detail,
+            torch.ops.tightrope.row_stats,
+            torch.ops.tightrope.row_grad,
+            torch.ops.tightrope.row_loss_grad,
+            **_STREAMING,
+        ),
         Backend(
             "triton",
             ("cuda",),
@@ -97,12 +129,11 @@ BACKENDS = {
             _triton_detail,
             _triton("row_stats"),
             _triton("row_grad"),
-            _triton("stream_stats"),
-            _triton("stream_grad"),
-            _triton("serves_stream"),
+            **_STREAMING,
+            narrows=True,
             on_request=("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else (),
         ),
-        Backend("eager", (), True, "plain PyTorch, same chunks", ops.row_stats, ops.row_grad),
+        Backend("eager", (), True, "plain PyTorch, same chunks", ops.row_stats, ops.row_grad, narrows=True),
     )
 }
 _warned = False

@@ -4,11 +4,12 @@ Schemas live here, not in C++, so that the operators exist without the extension
 faster implementation for its device. A profiler shows them as ``tightrope::row_stats`` and ``row_grad``.
 
 Shapes: logits [R, T] (a tile: entries offset .. offset + T of the vocabulary, adjacent along either
-dimension); partial [11, R] and argmax [R] are merged into; index [R] int64 and topk_index [R, K] int64 count
-from the start of the vocabulary; dense [R, T], topk_prob [R, K], bias [T]; active [R] bool: other rows keep
-their statistics and get zero gradients; norm [2, R] (max, log_sum) and coef [7, R] of whole rows; out [R, T],
-laid out as the logits are, which it may be. Arithmetic is float32, float64 for float64 logits; all but logits
-and out have that dtype.
+dimension; the CUDA kernels take logits whose entries are adjacent); partial [11, R] and argmax [R] are merged
+into; index [R] int64 and topk_index [R, K] int64 count from the start of the vocabulary; dense [R, T],
+topk_prob [R, K], bias [T]; active [R] bool: other rows keep their statistics and get zero gradients; norm
+[2, R] (max, log_sum) and coef [7, R] of whole rows; out [R, T], laid out as the logits are, which it may be.
+row_loss_grad takes whole rows: with upstream [11, R] (`RowUpstream`) it writes partial, argmax and out in one
+go. Arithmetic is float32, float64 for float64 logits; all but logits and out have that dtype.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..coefficients import RowCoefficients
-from ..statistics import merge, origin
+from ..coefficients import RowCoefficients, RowUpstream, row_coefficients
+from ..statistics import empty_partial, merge, origin, summarise
 
 _library = torch.library.Library("tightrope", "DEF")
 
@@ -146,17 +147,51 @@ def row_grad(
     out.copy_(grad)
 
 
+def row_loss_grad(
+    logits,
+    out,
+    partial,
+    argmax,
+    upstream,
+    index,
+    dense,
+    topk_index,
+    topk_prob,
+    bias,
+    active,
+    logit_scale,
+    softcap,
+) -> None:
+    """Write statistics and dloss/dlogits of whole rows in one operator; see the top of this file."""
+    tail = (0, index, dense, topk_index, topk_prob, bias, active, logit_scale, softcap)
+    fresh, best = empty_partial(logits.shape[0], partial.dtype, logits.device)
+    row_stats(logits, fresh, best, *tail)
+    summary = summarise(fresh, target_must_occur=index is not None)
+    coef = row_coefficients(summary, RowUpstream(*upstream).at(summary), logits.shape[-1])
+    row_grad(logits, out, summary[:2], coef, *tail)
+    if active is not None:
+        fresh, best = torch.where(active, fresh, partial), torch.where(active, best, argmax)
+    partial.copy_(fresh)
+    argmax.copy_(best)
+
+
 _TARGET_ARGS = (
-    "int offset, Tensor? index, Tensor? dense, Tensor? topk_index, Tensor? topk_prob, "
+    "Tensor? index, Tensor? dense, Tensor? topk_index, Tensor? topk_prob, "
     "Tensor? bias, Tensor? active, float logit_scale, float? softcap) -> ()"
 )
 define(
-    f"row_stats(Tensor logits, Tensor(a!) partial, Tensor(b!) argmax, {_TARGET_ARGS}",
+    f"row_stats(Tensor logits, Tensor(a!) partial, Tensor(b!) argmax, int offset, {_TARGET_ARGS}",
     row_stats,
     lambda *args: None,
 )
 define(
-    f"row_grad(Tensor logits, Tensor(a!) out, Tensor norm, Tensor coef, {_TARGET_ARGS}",
+    f"row_grad(Tensor logits, Tensor(a!) out, Tensor norm, Tensor coef, int offset, {_TARGET_ARGS}",
     row_grad,
+    lambda *args: None,
+)
+define(
+    "row_loss_grad(Tensor logits, Tensor(a!) out, Tensor(b!) partial, Tensor(c!) argmax, Tensor upstream, "
+    f"{_TARGET_ARGS}",
+    row_loss_grad,
     lambda *args: None,
 )

@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
     )
     what = train.add_argument_group("what to train on")
-    what.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (King James)")
+    what.add_argument(
+        "--text", type=Path, metavar="FILE", help="UTF-8 text, up to 16 million characters of it (King James)"
+    )
     what.add_argument(
         "--model",
         type=Path,
@@ -132,10 +134,10 @@ def _info(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     modes = args.balance or [_mode(text) for text in DEFAULT_MODES]
-    names = [name for name, _ in modes]
+    names = ["untrained", *(name for name, _ in modes)]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise UserError(f"--balance: {', '.join(repeated)} is given more than once")
+        raise UserError(f"--balance: more than one mode is called {', '.join(repeated)}")
     missing = [name for name in TRAIN_EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(

@@ -41,7 +41,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     text = data.read_text(options.text)
     report.open_folder(options.out)
     with _phase(console, "loading the model"):
@@ -136,21 +136,22 @@ def _train_modes(
 
 @torch.no_grad()
 def _probe_inputs(tail: model.Tail, training: Batches) -> tuple[Tensor, Tensor, Tensor]:
-    """Real hidden states, the head, and real targets: about `probe.TOKENS` rows of training text."""
+    """Real hidden states, the head, and real targets: up to `probe.rows` tokens of training text."""
+    weight = tail.head.weight.detach()
+    limit = probe.rows(weight)
     hidden, target, rows = [], [], 0
     for tokens, frozen in zip(*training):
         hidden.append(tail(frozen)[:, :-1].flatten(0, 1))
         target.append(tokens[:, 1:].flatten())
         rows += len(target[-1])
-        if rows >= probe.TOKENS:
+        if rows >= limit:
             break
-    keep = slice(0, probe.TOKENS)
-    return torch.cat(hidden)[keep], tail.head.weight.detach(), torch.cat(target)[keep]
+    return torch.cat(hidden)[:limit], weight, torch.cat(target)[:limit]
 
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         TextColumn("{task.completed}/{task.total}"),
         TextColumn("{task.fields[note]}"),

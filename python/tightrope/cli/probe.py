@@ -39,6 +39,12 @@ class Cost(NamedTuple):
     peak_mb: float
 
 
+def rows(weight: Tensor) -> int:
+    """How many tokens to measure: `TOKENS`, or as many as eager PyTorch can take in half the free memory."""
+    eager_bytes = 6 * weight.shape[0] * weight.element_size()  # a row of logits, and what follows from it
+    return max(1, min(TOKENS, psutil.virtual_memory().available // (2 * eager_bytes)))
+
+
 def measure(hidden: Tensor, weight: Tensor, target: Tensor, balance: float) -> list[Cost]:
     """The costs of Tightrope and of eager PyTorch for hidden [N, D], weight [V, D], target [N]."""
     with tempfile.TemporaryDirectory() as folder:

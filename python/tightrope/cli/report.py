@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
@@ -137,12 +138,8 @@ def markdown_table(lines: list[list[str]]) -> str:
 
 def draw_tradeoff(path: Path, rows: Sequence[Row]) -> None:
     """Held-out reality against creativity, one point a mode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
     middle = (min(row.entropy for row in rows) + max(row.entropy for row in rows)) / 2
     for row in rows:
         trained = row.balance is not None
@@ -153,6 +150,7 @@ def draw_tradeoff(path: Path, rows: Sequence[Row]) -> None:
             textcoords="offset points",
             xytext=(0, 10),
             ha="left" if row.entropy < middle else "right",
+            parse_math=False,
         )
     modes = sorted((row for row in rows if row.balance is not None), key=lambda row: row.balance)
     axes.plot([r.entropy for r in modes], [r.cross_entropy for r in modes], ":", color="grey", zorder=0)
@@ -162,4 +160,3 @@ def draw_tradeoff(path: Path, rows: Sequence[Row]) -> None:
     axes.set_title("Reality against creativity")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

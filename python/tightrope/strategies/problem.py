@@ -158,9 +158,10 @@ class LinearProblem(_Scored):
         self, raw: Tensor, norm: Tensor, coef: Tensor, chunk: Chunk, tile: tuple[int, int]
     ) -> Tensor:
         """Gradient with respect to the raw logits, as a GEMM's operand: in place where dtypes allow."""
-        out = raw if self.operand == raw.dtype else torch.empty_like(raw, dtype=self.operand)
+        narrow = self.operand != raw.dtype and self.backend.narrows
+        out = torch.empty_like(raw, dtype=self.operand) if narrow else raw
         self.backend.row_grad(raw, out, norm, coef, tile[0], *self._tail(chunk, tile))
-        return out
+        return out.to(self.operand)
 
     def stream_stats(
         self, hidden: Tensor, partial: Tensor, argmax: Tensor, chunk: Chunk, tile: tuple[int, int]
