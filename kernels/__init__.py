@@ -1,1 +1,4 @@
-"""Triton kernels for GPUs. None is shipped yet: on a GPU the package runs its plain PyTorch backend."""
+"""Triton kernels: row statistics and row gradients of logits, alone and fused with the GEMM that makes them.
+
+The host side, and the choice between them, is in ``tightrope.backends.triton``.
+"""

@@ -88,8 +88,8 @@ def linear_reality_creativity_loss(
         skip_ignored: False puts ignored tokens through the GEMMs, masked, so that on a GPU the host need not
             learn how many are left. Default: skip them wherever that is possible.
         return_stats: also return the detached :class:`RowStats` of every token.
-        workspace_mb: budget of the scratch memory for logits, in MiB; default 72.
-        backend: ``"cpu"`` (C++), ``"eager"`` (PyTorch), or None: the best for the device.
+        workspace_mb: budget of the scratch memory for logits, in MiB; default 72, on a GPU 1024.
+        backend: ``"cpu"``, ``"cuda"`` (C++), ``"triton"``, ``"eager"`` (PyTorch), or None: the best for the device.
         strategy: ``"chunked"`` (three GEMMs; gradients are made in the forward pass), ``"streaming"`` (four,
             and memory for one tile of logits), or None: chunked where the workspace holds chunks of good
             size. Without gradients, or with ``reduction="none"``, it is streaming.
@@ -133,7 +133,7 @@ def linear_reality_creativity_loss(
     if reality == "squared_error":
         square = _tokens.target_square(target, vocab_size, ignore_index, shift, label_smoothing, dtype)
     rows = input.reshape(shape.numel(), input.shape[-1])
-    tail = _linear_tail(flat, logit_scale, softcap, skip_ignored, workspace_mb, backend)
+    tail = _linear_tail(flat, logit_scale, softcap, skip_ignored, workspace_mb, backend, input.device)
     if _strategy(strategy, reduction, rows, weight, bias, workspace_mb) == "chunked":
         loss, summary, argmax = ChunkedLoss.apply(scale, balances, square, terms, rows, weight, bias, *tail)
         stats = row_stats(summary, argmax) if return_stats else None
@@ -252,7 +252,7 @@ def linear_vocab_stats(
     validation.transform(logit_scale, softcap)
     validation.run_options(backend, workspace_mb, None, skip_ignored)
     flat = _tokens.flatten_target(target, shape, ignore_index, shift, input.device)
-    tail = _linear_tail(flat, logit_scale, softcap, skip_ignored, workspace_mb, backend)
+    tail = _linear_tail(flat, logit_scale, softcap, skip_ignored, workspace_mb, backend, input.device)
     stats = LinearVocabStats.apply(input.reshape(shape.numel(), input.shape[-1]), weight, bias, *tail)
     return _tokens.unflatten(RowStats(*stats), shape, target is not None)
 
@@ -322,7 +322,7 @@ def linear_vocab_loss(
     scale = _tokens.row_scale(flat.valid, row_weight, reduction, normalizer, shape, input, dtype)
     args = [_tokens.flatten_arg(arg, shape, flat.valid) for arg in row_args]
     rows = input.reshape(shape.numel(), input.shape[-1])
-    tail = _linear_tail(flat, logit_scale, softcap, skip_ignored, workspace_mb, backend)
+    tail = _linear_tail(flat, logit_scale, softcap, skip_ignored, workspace_mb, backend, input.device)
     chosen = _strategy(strategy, reduction, rows, weight, bias, workspace_mb)
     # A compiler sees a user's loss as plain Python between two operators, and not in a loop over chunks.
     if chosen == "chunked" and not torch.compiler.is_compiling():
@@ -361,12 +361,11 @@ def _check_loss(
     validation.shift(shift, shape)
 
 
-def _linear_tail(flat, logit_scale, softcap, skip_ignored, workspace_mb, backend) -> tuple:
+def _linear_tail(flat, logit_scale, softcap, skip_ignored, workspace_mb, backend, device) -> tuple:
     """The arguments of the linear operators that follow input, weight and bias."""
     # On a GPU skipping needs the count of rows on the host, which a graph capture or a trace cannot give.
-    device = flat.valid.device if flat.valid is not None else None
     skip = skip_ignored is not False
-    if skip and device is not None and device.type == "cuda":
+    if skip and flat.valid is not None and device.type == "cuda":
         skip = not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
     cap = None if softcap is None else float(softcap)
     return (
@@ -374,7 +373,7 @@ def _linear_tail(flat, logit_scale, softcap, skip_ignored, workspace_mb, backend
         float(logit_scale),
         cap,
         skip,
-        plan.workspace_bytes(workspace_mb),
+        plan.workspace_bytes(workspace_mb, device),
         backend,
     )
 
@@ -386,7 +385,11 @@ def _strategy(strategy, reduction, rows, weight, bias, workspace_mb) -> str:
         return "streaming"
     itemsize = arithmetic_dtype(rows, weight, bias).itemsize
     return strategy or plan.choose_strategy(
-        rows.shape[0], weight.shape[0], itemsize, plan.workspace_bytes(workspace_mb)
+        rows.shape[0],
+        weight.shape[0],
+        itemsize,
+        plan.workspace_bytes(workspace_mb, rows.device),
+        rows.device,
     )
 
 

@@ -7,7 +7,7 @@ a tile of it is taken, gathered and converted when its turn comes.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -74,6 +74,13 @@ class Target:
                     f"{name}: got class {indices[wrong][0].item()}, expected ignore_index or a class in "
                     f"[0, {vocab_size})"
                 )
+
+    def in_order(self) -> Target:
+        """The same target, with the classes of a top-k target ascending."""
+        if self.topk_index is None:
+            return self
+        topk_index, order = self.topk_index.sort(dim=-1, stable=True)
+        return replace(self, topk_index=topk_index, topk_prob=self.topk_prob.gather(-1, order))
 
     def chunk(self, start: int, stop: int, rows: Tensor | None, dtype: torch.dtype) -> TargetChunk:
         """The targets of rows ``rows[start:stop]``, or of ``start:stop`` where rows is None."""

@@ -95,7 +95,8 @@ def flatten_rows(
 ):
     """A number or per-token tensor as [N]. Rows that do not count get 0, and no gradient flows from them."""
     if not isinstance(value, Tensor):
-        value = torch.tensor(value, dtype=dtype, device=like.device)
+        # Not torch.tensor: that copies from the host, which waits for a GPU and cannot be captured.
+        value = torch.full((), value, dtype=dtype, device=like.device)
     flat = value.to(dtype).expand(tokens).reshape(-1)
     return flat if valid is None else torch.where(valid, flat, 0.0)
 
@@ -124,8 +125,10 @@ def row_scale(
         return scale
     if normalizer is None:
         total = scale.sum()
+    elif isinstance(normalizer, Tensor):
+        total = normalizer.to(device=like.device, dtype=dtype)
     else:
-        total = torch.as_tensor(normalizer, dtype=dtype, device=like.device)
+        total = torch.full((), normalizer, dtype=dtype, device=like.device)
     # No row counts, or all weigh nothing: the mean is 0, and not NaN.
     return scale / torch.where(total == 0, 1.0, total)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -58,7 +59,10 @@ _cuda_extension, _cuda_extension_detail = _load_cuda_extension()
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation of the row primitives; their contract is at the top of ``ops.py``."""
+    """An implementation of the row primitives; their contract is at the top of ``ops.py``.
+
+    The streaming ones, fused with the GEMM, are optional; theirs is at the top of ``triton.py``.
+    """
 
     name: str
     devices: tuple[str, ...]  # empty: any
@@ -67,9 +71,32 @@ class Backend:
     row_stats: Callable[..., None]
     row_grad: Callable[..., None]
     row_loss_grad: Callable[..., None] = ops.row_loss_grad
+    stream_stats: Callable[..., None] | None = None
+    stream_grad: Callable[..., None] | None = None
+    serves_stream: Callable[..., bool] = lambda hidden, weight: False
+    narrows: bool = False  # row_grad writes to an out of a narrower dtype than the logits
+    on_request: tuple[str, ...] = ()  # devices that it serves where it is asked for by name
 
-    def serves(self, device: torch.device) -> bool:
-        return self.available and (not self.devices or device.type in self.devices)
+    def serves(self, device: torch.device, asked: bool = False) -> bool:
+        devices = self.devices + (self.on_request if asked else ())
+        return self.available and (not self.devices or device.type in devices)
+
+
+def _triton(primitive: str) -> Callable:
+    """A primitive of the Triton backend, which is imported when it is first called."""
+    return lambda *args: getattr(importlib.import_module(f"{__name__}.triton"), primitive)(*args)
+
+
+def _find_triton() -> tuple[bool, str]:
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True, 'on the CPU too, by backend="triton", as TRITON_INTERPRET=1'
+    return True, "on the CPU under TRITON_INTERPRET=1 only"
+
+
+_has_triton, _triton_detail = _find_triton()
+_STREAMING = {name: _triton(name) for name in ("stream_stats", "stream_grad", "serves_stream") if _has_triton}
 
 
 # In order of preference.
@@ -84,6 +111,7 @@ BACKENDS = {
             torch.ops.tightrope.row_stats,
             torch.ops.tightrope.row_grad,
         ),
+        # Its own row kernels, and Triton's streaming ones.
         Backend(
             "cuda",
             ("cuda",),
@@ -92,8 +120,20 @@ BACKENDS = {
             torch.ops.tightrope.row_stats,
             torch.ops.tightrope.row_grad,
             torch.ops.tightrope.row_loss_grad,
+            **_STREAMING,
         ),
-        Backend("eager", (), True, "plain PyTorch, same chunks", ops.row_stats, ops.row_grad),
+        Backend(
+            "triton",
+            ("cuda",),
+            _has_triton,
+            _triton_detail,
+            _triton("row_stats"),
+            _triton("row_grad"),
+            **_STREAMING,
+            narrows=True,
+            on_request=("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else (),
+        ),
+        Backend("eager", (), True, "plain PyTorch, same chunks", ops.row_stats, ops.row_grad, narrows=True),
     )
 }
 _warned = False
@@ -109,7 +149,7 @@ def resolve(name: str | None, device: torch.device) -> Backend:
     if name is not None:
         if name not in BACKENDS:
             raise ValueError(f"backend: got {name!r}, expected one of {sorted(BACKENDS)} or None")
-        if not BACKENDS[name].serves(device):
+        if not BACKENDS[name].serves(device, asked=True):
             backend = BACKENDS[name]
             raise ValueError(
                 f"backend: {name!r} does not serve tensors on {device} here ({backend.detail}; "

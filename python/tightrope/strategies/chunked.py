@@ -17,7 +17,7 @@ from torch import Tensor
 from ..coefficients import row_coefficients
 from ..statistics import RowStats, StatGrads, row_stats
 from . import plan
-from .gemm import multiply
+from .gemm import headroom, multiply
 from .problem import Chunk, LinearProblem
 from .workspace import borrow
 
@@ -68,7 +68,9 @@ def loss_and_gradients(
     if needs.bias:
         result.bias = torch.zeros(vocab_size, dtype=dtype, device=device)
 
-    size = plan.chunk_rows(rows.count, vocab_size, dtype.itemsize, workspace)
+    # Beside the logits, a tile of their gradients where that is narrower.
+    narrow = 0 if problem.operand == dtype else min(vocab_size, plan.sizes(device).tile) // 2
+    size = plan.chunk_rows(rows.count, vocab_size + narrow, dtype.itemsize, workspace)
     chunks = plan.spans(rows.count, size, plan.ROW_MULTIPLE)
     size = max((stop - start for start, stop in chunks), default=0)
     with borrow(size * vocab_size, dtype, device) as flat:
@@ -117,15 +119,21 @@ def _backward(problem, chunk, logits, hidden, norm, coef, result) -> None:
     """Turn the chunk's logits into their gradient, tile by tile, and add it to what is wanted."""
     in_place = isinstance(chunk.where, slice)
     first = chunk.start == 0
+    coef, undo = headroom(coef, problem.operand)
     if result.input is not None:
-        hidden_grad = result.input[chunk.where] if in_place else torch.empty_like(hidden)
+        hidden_grad = result.input[chunk.where] if in_place else torch.empty_like(hidden, dtype=problem.dtype)
     for tile, raw in zip(problem.tiles, logits):
-        problem.row_grad(raw, norm, coef, chunk, tile)
+        grad = problem.row_grad(raw, norm, coef, chunk, tile)
         if result.input is not None:
-            multiply(raw, problem.head(*tile), hidden_grad, accumulate=tile[0] > 0)
+            multiply(grad, problem.head(*tile), hidden_grad, accumulate=tile[0] > 0)
         if result.weight is not None:
-            multiply(raw.t(), hidden, result.weight[tile[0] : tile[1]], accumulate=not first)
+            part = result.weight[tile[0] : tile[1]]
+            multiply(grad.t(), hidden, part, accumulate=not first, scale=undo)
         if result.bias is not None:
-            result.bias[tile[0] : tile[1]] += raw.sum(0)
-    if result.input is not None and not in_place:
-        result.input[chunk.where] = hidden_grad
+            bias_grad = grad.sum(0, dtype=problem.dtype)
+            result.bias[tile[0] : tile[1]] += bias_grad if undo is None else bias_grad * undo
+    if result.input is not None:
+        if undo is not None:
+            hidden_grad *= undo
+        if not in_place:
+            result.input[chunk.where] = hidden_grad

@@ -10,14 +10,13 @@ from torch import Tensor
 from . import plan
 from .problem import Chunk, LogitsProblem
 
-# The most that is converted or made contiguous at a time, in logits.
-_CHUNK_LOGITS = 2**22
-
 
 def _chunks(problem: LogitsProblem) -> Iterator[tuple[Chunk, Tensor]]:
     """Chunks of rows, each with its logits, of unit stride along the vocabulary."""
     vocab_size = problem.logits.shape[1]
-    for start, stop in plan.spans(problem.rows.total, max(1, _CHUNK_LOGITS // vocab_size)):
+    for start, stop in plan.spans(
+        problem.rows.total, max(1, plan.sizes(problem.device).dense_logits // vocab_size)
+    ):
         logits = problem.logits[start:stop]
         chunk = problem.rows.chunk(start, stop, problem.target, problem.dtype)
         yield chunk, logits if logits.stride(1) == 1 or vocab_size == 1 else logits.contiguous()

@@ -3,6 +3,9 @@
 PyTorch multiplies float32 matrices on an x86 CPU with MKL, which on AMD processors with AVX512 stays with its
 AVX2 kernels: 205 GFLOP/s on two cores where oneDNN, which PyTorch ships too, reaches 480. There the product
 goes through oneDNN. It computes in float32 as well and gives the same bits each time.
+
+On CUDA products of bfloat16 and float16 matrices go to float32 as they are; on other devices a GEMM rounds
+its result to the operands' dtype, so there they are converted first.
 """
 
 from __future__ import annotations
@@ -14,14 +17,48 @@ import torch
 from torch import Tensor
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
-    """``out = a @ b``, or ``out += a @ b``, for a [m, k], b [k, n], out [m, n]; out is not read otherwise."""
+def multiply(
+    a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, scale: Tensor | None = None
+) -> Tensor:
+    """``out = a @ b``, or ``out += a @ b``, for a [m, k], b [k, n], out [m, n]; out is not read otherwise.
+
+    a and b have the dtype of out, or a narrower one. scale (0-dimensional) multiplies the product.
+    """
+    if scale is not None:
+        product = multiply(a, b, torch.empty_like(out)).mul_(scale)
+        return out.add_(product) if accumulate else out.copy_(product)
+    if a.dtype != out.dtype:
+        if widens(a.device, a.dtype):
+            return torch.addmm(out, a, b, beta=int(accumulate), out_dtype=out.dtype, out=out)
+        a, b = a.to(out.dtype), b.to(out.dtype)
     if a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and _prefers_onednn():
         # What torch.compile calls for a linear layer: x [m, k] and weight [n, k] -> x @ weight.T.
         product = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
         return out.add_(product) if accumulate else out.copy_(product)
     # With beta = 0 a GEMM overwrites its output without reading it.
     return torch.addmm(out, a, b, beta=int(accumulate), out=out)
+
+
+def widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of this dtype have a float32 result without a copy of the operands."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.addmm, "dtype_out")
+
+
+def headroom(coef: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(coefficients, what undoes their scale) for gradients of a dtype.
+
+    A mean over thousands of tokens makes gradients that float16 flushes to zero. A power of two that brings
+    the largest coefficient near 1 loses nothing. It stays on the device.
+    """
+    if dtype != torch.float16 or coef.numel() == 0:
+        return coef, None
+    largest = coef.abs().amax()
+    usable = largest.isfinite() & (largest > 0)
+    exponent = torch.frexp(torch.where(usable, largest, 1.0)).exponent
+    one = torch.ones_like(largest)
+    return torch.ldexp(coef, -exponent), torch.ldexp(one, exponent)
 
 
 @functools.cache

@@ -5,21 +5,39 @@ The figures behind the constants are in docs/performance.md.
 
 from __future__ import annotations
 
-# Entries of the vocabulary in a tile. A tile of logits is scored while it is in cache, and a CPU's GEMM
-# runs up to 1.5 times faster on such tiles of the head than on the whole of it.
-TILE = 1024
-# Rows that share one pass over a tile in the streaming strategy.
-STREAMING_ROWS = 1024
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sizes:
+    tile: int  # entries of the vocabulary in a tile
+    streaming_rows: int  # that share one pass over a tile in the streaming strategy without fused kernels
+    min_chunk_rows: int  # below this, dW's traffic costs the chunked strategy more than a fourth GEMM
+    workspace_mb: float  # the default
+    dense_logits: int  # logits that are converted or made contiguous at a time, where logits are given
+
+
+# A tile of logits is scored while it is in a CPU's cache, and its GEMM runs up to 1.5 times faster on such
+# tiles of the head than on the whole of it. A GPU wants large GEMMs; what is made for each tile there (a
+# low-precision gradient, a float32 tile of dW) bounds them. docs/gpu.md has the figures of the GPU.
+CPU = Sizes(tile=1024, streaming_rows=1024, min_chunk_rows=32, workspace_mb=72.0, dense_logits=2**22)
+GPU = Sizes(tile=16384, streaming_rows=8192, min_chunk_rows=1024, workspace_mb=1024.0, dense_logits=2**26)
 # Rows of a chunk come in whole vectors of the widest instruction set, two at a time.
 ROW_MULTIPLE = 32
-# Below this many rows a chunk, reading and writing all of dW for each chunk costs more than the streaming
-# strategy's fourth GEMM.
-MIN_CHUNK_ROWS = 32
-DEFAULT_WORKSPACE_MB = 72.0
+# Entries of a dense target that the fused kernels take at a time: it is converted in pieces.
+DENSE_TILE = 8192
+# A tile of gradients from the fused kernels is this wide at least, and a multiple of it.
+STREAM_STEP = 256
 
 
-def workspace_bytes(workspace_mb: float | None) -> int:
-    return int((DEFAULT_WORKSPACE_MB if workspace_mb is None else workspace_mb) * 2**20)
+def sizes(device: torch.device) -> Sizes:
+    return CPU if device.type == "cpu" else GPU
+
+
+def workspace_bytes(workspace_mb: float | None, device: torch.device) -> int:
+    return int((sizes(device).workspace_mb if workspace_mb is None else workspace_mb) * 2**20)
 
 
 def spans(total: int, most: int, multiple: int = 1) -> list[tuple[int, int]]:
@@ -37,10 +55,17 @@ def chunk_rows(rows: int, vocab_size: int, itemsize: int, workspace: int) -> int
     return max(1, min(rows, workspace // (vocab_size * itemsize)))
 
 
-def choose_strategy(rows: int, vocab_size: int, itemsize: int, workspace: int) -> str:
+def stream_width(rows: int, vocab_size: int, itemsize: int, workspace: int, most: int) -> int:
+    """Entries of the vocabulary whose gradients [rows, width] fit the workspace."""
+    width = workspace // (max(rows, 1) * itemsize) // STREAM_STEP * STREAM_STEP
+    return min(max(width, STREAM_STEP), most, vocab_size)
+
+
+def choose_strategy(rows: int, vocab_size: int, itemsize: int, workspace: int, device: torch.device) -> str:
     """Chunked (three GEMMs) where the workspace holds chunks of good size, else streaming (four).
 
     ``rows`` counts ignored rows too, so that the choice needs nothing from the device.
     """
-    enough = chunk_rows(rows, vocab_size, itemsize, workspace) >= min(rows, MIN_CHUNK_ROWS)
+    least = min(rows, sizes(device).min_chunk_rows)
+    enough = chunk_rows(rows, vocab_size, itemsize, workspace) >= least
     return "chunked" if enough else "streaming"

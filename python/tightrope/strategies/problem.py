@@ -1,8 +1,8 @@
 """What both drivers are given, cut into the pieces that they work on.
 
-Pieces are converted to the dtype of the arithmetic as their turn comes, so low-precision hidden states and
-heads are never copied whole: a bfloat16 GEMM would round the logits, and without native instructions it
-runs hundreds of times slower than float32.
+Where a GEMM of low-precision operands cannot give float32, pieces are converted to the dtype of the
+arithmetic as their turn comes, so hidden states and heads are never copied whole: a bfloat16 GEMM would round
+the logits, and without native instructions it runs hundreds of times slower than float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..backends import Backend
 from ..statistics import SUMMARY, empty_partial, summarise
 from ..targets import Target, TargetChunk
 from . import plan
-from .gemm import multiply
+from .gemm import multiply, widens
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,18 @@ class LinearProblem(_Scored):
         """The dtype of the arithmetic: float64 where any of the tensors is, else float32."""
         return arithmetic_dtype(self.input, self.weight, self.bias)
 
+    @cached_property
+    def streams(self) -> bool:
+        """Whether the backend has kernels that make logits and use them at once, for these dtypes."""
+        return self.dtype == torch.float32 and self.backend.serves_stream(self.input, self.weight)
+
+    @cached_property
+    def operand(self) -> torch.dtype:
+        """The dtype of what goes into GEMMs: the tensors' own where that can give float32."""
+        own = self.input.dtype == self.weight.dtype and self.dtype == torch.float32
+        exact = self.streams or widens(self.device, self.input.dtype)
+        return self.input.dtype if own and exact else self.dtype
+
     @property
     def device(self) -> torch.device:
         return self.input.device
@@ -115,16 +127,16 @@ class LinearProblem(_Scored):
 
     @property
     def tiles(self) -> list[tuple[int, int]]:
-        return plan.spans(self.vocab_size, plan.TILE, multiple=16)
+        return plan.spans(self.vocab_size, plan.sizes(self.device).tile, multiple=16)
 
     def hidden(self, chunk: Chunk) -> Tensor:
         """The chunk's hidden states [size, D]; zeros where a row does not count: no NaN leaks from it."""
-        hidden = self.input[chunk.where].to(self.dtype)
+        hidden = self.input[chunk.where].to(self.operand)
         return hidden if chunk.active is None else hidden.masked_fill(~chunk.active.unsqueeze(-1), 0.0)
 
     def head(self, start: int, stop: int) -> Tensor:
         """Rows start:stop of the head, [T, D]."""
-        return self.weight[start:stop].to(self.dtype)
+        return self.weight[start:stop].to(self.operand)
 
     def head_bias(self, start: int, stop: int) -> Tensor | None:
         return None if self.bias is None else self.bias[start:stop].to(self.dtype).contiguous()
@@ -142,9 +154,26 @@ class LinearProblem(_Scored):
     ) -> None:
         self.backend.row_stats(raw, partial, argmax, tile[0], *self._tail(chunk, tile))
 
-    def row_grad(self, raw: Tensor, norm: Tensor, coef: Tensor, chunk: Chunk, tile: tuple[int, int]) -> None:
-        """Gradient with respect to the raw logits, in place."""
-        self.backend.row_grad(raw, raw, norm, coef, tile[0], *self._tail(chunk, tile))
+    def row_grad(
+        self, raw: Tensor, norm: Tensor, coef: Tensor, chunk: Chunk, tile: tuple[int, int]
+    ) -> Tensor:
+        """Gradient with respect to the raw logits, as a GEMM's operand: in place where dtypes allow."""
+        narrow = self.operand != raw.dtype and self.backend.narrows
+        out = torch.empty_like(raw, dtype=self.operand) if narrow else raw
+        self.backend.row_grad(raw, out, norm, coef, tile[0], *self._tail(chunk, tile))
+        return out.to(self.operand)
+
+    def stream_stats(
+        self, hidden: Tensor, partial: Tensor, argmax: Tensor, chunk: Chunk, tile: tuple[int, int]
+    ) -> None:
+        tail = self._tail(chunk, tile)
+        self.backend.stream_stats(hidden, self.head(*tile), partial, argmax, tile[0], *tail)
+
+    def stream_grad(
+        self, hidden: Tensor, out: Tensor, norm: Tensor, coef: Tensor, chunk: Chunk, tile: tuple[int, int]
+    ) -> None:
+        tail = self._tail(chunk, tile)
+        self.backend.stream_grad(hidden, self.head(*tile), out, norm, coef, tile[0], *tail)
 
     def _tail(self, chunk: Chunk, tile: tuple[int, int]) -> tuple:
         t = self.transform

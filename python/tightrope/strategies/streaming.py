@@ -1,41 +1,74 @@
 """The streaming strategy: the vocabulary goes by in tiles, and no more than a tile of logits exists.
 
-Forward: one GEMM, with the statistics of each tile merged into those of its rows. Backward: the tile's
-logits are made again, become their gradient, and go into two GEMMs, four in all. Each tile of dW is summed
-over all rows in float32 and written once. This is also how rows alone are scored: evaluation, and any loss
-whose upstream gradients arrive only with the backward.
+Forward: one GEMM, with the statistics of each tile merged into those of its rows; where the backend fuses
+the two, no logits exist at all. Backward: the tile's logits are made again, become their gradient, and go
+into two GEMMs, four in all. Each tile of dW is summed over all rows in float32 and written once. This is also
+how rows alone are scored: evaluation, and any loss whose upstream gradients arrive only with the backward.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from . import plan
 from .chunked import Needs
-from .gemm import multiply
-from .problem import LinearProblem
+from .gemm import headroom, multiply
+from .problem import Chunk, LinearProblem
 from .workspace import borrow
 
+Spans = list[tuple[int, int]]
 
-def _blocks(problem: LinearProblem, workspace: int) -> tuple[list[tuple[int, int]], int]:
-    """Blocks of rows whose tile of logits fits the workspace, and the elements of the largest."""
-    width = max((stop - start for start, stop in problem.tiles), default=0)
-    rows = plan.chunk_rows(problem.rows.count, max(width, 1), problem.dtype.itemsize, workspace)
-    blocks = plan.spans(problem.rows.count, min(rows, plan.STREAMING_ROWS), plan.ROW_MULTIPLE)
-    return blocks, max((stop - start for start, stop in blocks), default=0) * width
+
+def _forward_spans(problem: LinearProblem, workspace: int) -> tuple[Spans, Spans]:
+    """(tiles of the vocabulary, blocks of rows) that a forward pass goes by."""
+    rows, vocab_size = problem.rows.count, problem.vocab_size
+    if not problem.streams:
+        width = max((stop - start for start, stop in problem.tiles), default=0)
+        block = plan.chunk_rows(rows, max(width, 1), problem.dtype.itemsize, workspace)
+        block = min(block, plan.sizes(problem.device).streaming_rows)
+        return problem.tiles, plan.spans(rows, block, plan.ROW_MULTIPLE)
+    if problem.target.dense is None:
+        return [(0, vocab_size)], plan.spans(rows, rows)
+    tiles = plan.spans(vocab_size, plan.DENSE_TILE, multiple=16)
+    return tiles, plan.spans(rows, plan.chunk_rows(rows, plan.DENSE_TILE, problem.dtype.itemsize, workspace))
+
+
+def _backward_spans(problem: LinearProblem, workspace: int) -> tuple[Spans, Spans]:
+    """The same for a backward pass, whose tile of gradients [rows, width] is the workspace."""
+    if not problem.streams:
+        return _forward_spans(problem, workspace)
+    rows, vocab_size, itemsize = problem.rows.count, problem.vocab_size, problem.operand.itemsize
+    if problem.target.dense is not None:
+        itemsize += problem.dtype.itemsize
+    most = plan.sizes(problem.device).tile
+    width = plan.stream_width(rows, vocab_size, itemsize, workspace, most)
+    blocks = plan.spans(rows, plan.chunk_rows(rows, max(width, 1), itemsize, workspace))
+    return plan.spans(vocab_size, width, multiple=min(plan.STREAM_STEP, max(width, 1))), blocks
+
+
+def _largest(tiles: Spans, blocks: Spans) -> int:
+    return max((b - a for a, b in tiles), default=0) * max((b - a for a, b in blocks), default=0)
 
 
 def statistics(problem: LinearProblem, workspace: int) -> tuple[Tensor, Tensor]:
     """Summary [SUMMARY, N] and argmax [N] of every row; zeros and -1 for ignored rows."""
     summary, argmax = problem.empty_summary()
-    blocks, elements = _blocks(problem, workspace)
+    tiles, blocks = _forward_spans(problem, workspace)
+    if problem.streams:
+        problem = replace(problem, target=problem.target.in_order())
+    elements = 0 if problem.streams else _largest(tiles, blocks)
     with borrow(elements, problem.dtype, summary.device) as flat:
         for start, stop in blocks:
             chunk = problem.rows.chunk(start, stop, problem.target, problem.dtype)
             hidden = problem.hidden(chunk)
             partial, best = problem.new_partial(chunk.size)
-            for tile in problem.tiles:
+            for tile in tiles:
+                if problem.streams:
+                    problem.stream_stats(hidden, partial, best, chunk, tile)
+                    continue
                 raw = problem.raw_logits(hidden, problem.head(*tile), flat)
                 problem.row_stats(raw, partial, best, chunk, tile)
             summary[:, chunk.where] = problem.summarise(partial, chunk)
@@ -48,7 +81,10 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input [N, D], weight [V, D] and bias [V] from the coefficients [7, N] of every row."""
     dtype, rows = problem.dtype, problem.rows
-    blocks, elements = _blocks(problem, workspace)
+    tiles, blocks = _backward_spans(problem, workspace)
+    if problem.streams:
+        problem = replace(problem, target=problem.target.in_order())
+    coef, undo = headroom(coef, problem.operand)
     weight_grad = (
         torch.empty_like(problem.weight, memory_format=torch.contiguous_format) if needs.weight else None
     )
@@ -59,26 +95,48 @@ def gradients(
     chunks = [rows.chunk(start, stop, problem.target, dtype) for start, stop in blocks]
     norms = [summary[:2, chunk.where].contiguous() for chunk in chunks]
     coefs = [coef[:, chunk.where].contiguous() for chunk in chunks]
-    with borrow(elements, dtype, problem.input.device) as flat:
-        for tile in problem.tiles:
+    # Kept where that takes at most a copy of the input in its own dtype; else converted for each tile.
+    kept = [problem.hidden(chunk) for chunk in chunks] if problem.streams else None
+    flat_dtype = problem.operand if problem.streams else dtype
+    with borrow(_largest(tiles, blocks), flat_dtype, problem.device) as flat:
+        for tile in tiles:
             head = problem.head(*tile)
-            weight_sum = torch.zeros_like(head) if needs.weight else None
-            bias_sum = head.new_zeros(head.shape[0])
-            for chunk, (start, stop), norm, block_coef in zip(chunks, blocks, norms, coefs):
-                hidden = problem.hidden(chunk)
-                raw = problem.raw_logits(hidden, head, flat)
-                problem.row_grad(raw, norm, block_coef, chunk, tile)
+            weight_sum = torch.zeros_like(head, dtype=dtype) if needs.weight else None
+            bias_sum = head.new_zeros(head.shape[0], dtype=dtype)
+            for i, (chunk, (start, stop)) in enumerate(zip(chunks, blocks)):
+                hidden = kept[i] if kept else problem.hidden(chunk)
+                grad = _gradient(problem, hidden, head, flat, norms[i], coefs[i], chunk, tile)
                 if hidden_sum is not None:
-                    multiply(raw, head, hidden_sum[start:stop], accumulate=tile[0] > 0)
+                    multiply(grad, head, hidden_sum[start:stop], accumulate=tile[0] > 0)
                 if weight_sum is not None:
-                    multiply(raw.t(), hidden, weight_sum, accumulate=start > 0)
+                    multiply(grad.t(), hidden, weight_sum, accumulate=i > 0)
                 if needs.bias:
-                    bias_sum += raw.sum(0)
-            if weight_grad is not None:
-                weight_grad[tile[0] : tile[1]] = weight_sum
-            if bias_grad is not None:
-                bias_grad[tile[0] : tile[1]] = bias_sum
+                    bias_sum += grad.sum(0, dtype=dtype)
+            for whole, part in ((weight_grad, weight_sum), (bias_grad, bias_sum)):
+                if whole is not None:
+                    whole[tile[0] : tile[1]] = part if undo is None else part.mul_(undo)
+    if hidden_sum is not None and undo is not None:
+        hidden_sum *= undo
     return _place(hidden_sum, problem), weight_grad, bias_grad
+
+
+def _gradient(
+    problem: LinearProblem,
+    hidden: Tensor,
+    head: Tensor,
+    flat: Tensor,
+    norm: Tensor,
+    coef: Tensor,
+    chunk: Chunk,
+    tile: tuple[int, int],
+) -> Tensor:
+    """The gradient of a tile of logits, as an operand of GEMMs, by way of the scratch memory."""
+    if problem.streams:
+        out = flat[: chunk.size * head.shape[0]].view(chunk.size, -1)
+        problem.stream_grad(hidden, out, norm, coef, chunk, tile)
+        return out
+    raw = problem.raw_logits(hidden, head, flat)
+    return problem.row_grad(raw, norm, coef, chunk, tile)
 
 
 def _place(hidden_sum: Tensor | None, problem: LinearProblem) -> Tensor | None:

@@ -1,0 +1,243 @@
+"""Compiles the Triton kernels for GPUs that are not there, and reads what came out.
+
+Each shipped configuration (kernels/configs.py) is compiled for its architecture, in bfloat16 and float32, for
+each kind of target, with bias and softcap on: the most that a kernel does. Registers, spills and shared
+memory come from the binary; the disassembly of the loop over D says how many instructions are issued beside
+the tensor-core ones, and what the epilogue adds. Run it without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tightrope.kernels import configs, rows, stream
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+KINDS = {"none": 0, "index": 1, "dense": 2, "topk": 3}
+KERNELS = {
+    "row_stats": rows.row_stats,
+    "merge_parts": rows.merge_parts,
+    "row_grad": rows.row_grad,
+    "stream_stats": stream.stream_stats,
+    "stream_grad": stream.stream_grad,
+}
+DTYPES = {"bf16": 2, "fp32": 4}
+# In the assembly, and in the disassembly of the binary.
+TENSOR_CORE = {
+    "sm_80": ("mma.sync", r"HMMA"),
+    "sm_90": ("wgmma.mma_async", r"HGMMA"),
+    "sm_100": ("tcgen05.mma", r"UTC\w*MMA"),
+    "gfx942": ("v_mfma", r"v_mfma"),
+}
+FUSED_MULTIPLY_ADD = r"\bFFMA2?\b"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Case:
+    kernel: str
+    arch: str
+    dtype: str  # of logits, or of hidden states and head
+    kind: str  # of target
+
+    @property
+    def streams(self) -> bool:
+        return self.kernel.startswith("stream")
+
+    @property
+    def config(self) -> configs.StreamConfig | None:
+        table = configs.ARCHITECTURES[self.arch]
+        return table.stream(self.kernel, self.kind, DTYPES[self.dtype]) if self.streams else None
+
+
+def cases(archs, dtypes, kinds=("index", "dense", "topk")) -> list[Case]:
+    found = []
+    for arch in archs:
+        for kernel in KERNELS:
+            for dtype in dtypes if kernel != "merge_parts" else ["fp32"]:
+                for kind in kinds if kernel != "merge_parts" else ["none"]:
+                    found.append(Case(kernel, arch, dtype, kind))
+    return found
+
+
+def _source(case: Case) -> tuple[ASTSource, dict]:
+    """What the launcher of tightrope.backends.triton would compile, and with which options."""
+    kernel, config = KERNELS[case.kernel], case.config
+    options = {"num_warps": configs.ROW_WARPS if case.kernel != "merge_parts" else 4}
+    constants = {
+        "TARGET": KINDS[case.kind],
+        "CAPPED": True,
+        "BLOCK": configs.ROW_BLOCK,
+        "BLOCKS": configs.ROW_BLOCKS,
+        "TOPK_BLOCK": configs.TOPK_BLOCK,
+        "ROWS": 8,
+        "SPLITS": configs.MERGE_TILE // 8,
+    }
+    operand = {}
+    if config:
+        options = {"num_warps": config.warps, "num_stages": config.stages}
+        constants.update(
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP=config.group,
+            PIECES=config.pieces,
+            TOPK_BLOCK=configs.STREAM_TOPK_BLOCK,
+            DESCRIPTORS=config.descriptors,
+        )
+        operand = {"hidden": config.block_m, "weight": config.block_n}
+    types = {
+        "logits": f"*{case.dtype}",
+        "out": f"*{case.dtype}",
+        "best": "*i64",
+        "argmax": "*i64",
+        "active": "*i1",
+        "target": {"index": "*i64", "dense": "*fp32", "topk": "*i64", "none": None}[case.kind],
+        "target_prob": "*fp32" if case.kind == "topk" else None,
+        "logit_scale": "fp64",
+        "softcap": "fp64",
+        **dict.fromkeys(("parts", "partial", "norm", "coef", "bias"), "*fp32"),
+    }
+    for name, block in operand.items():
+        types[name] = f"*{case.dtype}"
+        if config.descriptors:
+            types[name] = f"tensordesc<{case.dtype}[{block},{config.block_k}]>"
+    signature, values, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        kind = "constexpr" if name.isupper() else types.get(name, "i32")
+        signature[name] = kind or "constexpr"
+        if kind is None or kind == "constexpr":
+            values[(i,)] = constants.get(name)
+        elif kind.startswith("*") or name.endswith("stride") or name == "width":
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, values, attributes), options
+
+
+def compile_case(case: Case) -> dict:
+    """One row of the report."""
+    source, options = _source(case)
+    start = time.perf_counter()
+    compiled = triton.compile(source, target=TARGETS[case.arch], options=options)
+    row = {
+        "kernel": case.kernel,
+        "arch": case.arch,
+        "dtype": case.dtype,
+        "target": case.kind,
+        "compile_s": round(time.perf_counter() - start, 2),
+        "shared": compiled.metadata.shared,
+        "shared_limit": configs.ARCHITECTURES[case.arch].shared_memory,
+        "warps": options["num_warps"],
+    }
+    if case.config:
+        c = case.config
+        row["tile"] = f"{c.block_m}x{c.block_n}x{c.block_k}"
+        row["descriptors"] = c.descriptors
+    read = _read_amd if case.arch.startswith("gfx") else _read_nvidia
+    row.update(read(case, compiled))
+    return row
+
+
+def _read_nvidia(case: Case, compiled) -> dict:
+    assembly = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", cubin.name)
+        code = _run("nvdisasm", "-c", cubin.name) if case.streams else ""
+    # Spilled registers live on the stack, which nothing else here uses.
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
+    return {
+        "registers": int(registers),
+        "spill_bytes": int(stack) + int(local),
+        **_tensor_core(case, assembly, code),
+    }
+
+
+def _read_amd(case: Case, compiled) -> dict:
+    assembly = compiled.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))
+
+    return {
+        "registers": field("vgpr_count") + field("agpr_count"),
+        # Scalar registers spill into lanes of vector ones, not to memory.
+        "spill_bytes": field("private_segment_fixed_size") + 4 * field("vgpr_spill_count"),
+        **_tensor_core(case, assembly, assembly if case.streams else ""),
+    }
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _tensor_core(case: Case, assembly: str, code: str) -> dict:
+    """Which matrix instruction there is, and what the loop around it issues for each warp."""
+    if not case.streams:
+        return {}
+    name, machine = TENSOR_CORE[case.arch]
+    found = assembly.count(name)
+    loops = _loops(code, machine if found else FUSED_MULTIPLY_ADD)
+    row = {"tensor_core": name if found else None}
+    if loops:
+        row["loop_math"], row["loop_other"] = loops[0]
+        # Of stream_stats, what else the loop over tiles does; stream_grad has no such loop.
+        whole = [sum(bool(_is_instruction(line)) for line in code.splitlines())]
+        around = loops[-1] if case.kernel == "stream_stats" and len(loops) > 1 else whole
+        row["epilogue"] = sum(around) - sum(loops[0])
+    return row
+
+
+def _is_instruction(line: str) -> bool:
+    line = line.strip()
+    if line.startswith("/*"):  # nvdisasm: an address before each instruction
+        return ";" in line
+    return bool(re.match(r"[a-z]+_\w+", line)) and not line.endswith(":")
+
+
+def _loops(code: str, machine: str) -> list[tuple[int, int]]:
+    """(matching, other) instructions of the loops that hold the matching ones, from the innermost out."""
+    lines = code.splitlines()
+    labels = {}
+    for i, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label.group(1)] = i
+    spans = set()
+    for i, line in enumerate(lines):
+        jump = re.search(r"(?:BRA|s_c?branch\w*)\b.*?(\.L\w+)", line)
+        if jump and labels.get(jump.group(1), i) < i:
+            spans.add((labels[jump.group(1)], i))
+    counted = []
+    for first, last in sorted(spans, key=lambda span: span[1] - span[0]):
+        body = [line for line in lines[first : last + 1] if _is_instruction(line)]
+        matching = sum(bool(re.search(machine, line)) for line in body)
+        if matching:
+            counted.append((first, last, matching, len(body) - matching))
+    innermost = [
+        loop
+        for loop in counted
+        if not any(loop != o and loop[0] <= o[0] and o[1] <= loop[1] for o in counted)
+    ]
+    if not innermost:
+        return []
+    # Of several, the others are its remainders.
+    inner = max(innermost, key=lambda loop: loop[2])
+    around = [loop for loop in counted if loop[0] <= inner[0] and inner[1] <= loop[1]]
+    return [loop[2:] for loop in around]

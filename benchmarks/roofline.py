@@ -1,0 +1,118 @@
+"""FLOPs, bytes and the least time of each strategy on each chip, from published rates.
+
+A phase (a GEMM, a pass over rows) takes at least its FLOPs over the peak rate and at least its bytes over the
+memory bandwidth, and phases follow each other. Real GEMMs reach 60 to 85 % of the peak, and a row pass 85 to
+90 % of the bandwidth, so these are floors and not forecasts. Pieces of W and of h are counted once for each
+time a phase reads them from memory; what the second-level cache must deliver is in `flop_per_l2_byte`
+of the report.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tightrope.strategies import plan
+
+
+@dataclass(frozen=True)
+class Chip:
+    name: str
+    tera_bf16: float  # dense tensor-core TFLOP/s
+    tera_fp32: float
+    bandwidth: float  # TB/s
+    processors: int
+    gigahertz: float  # boost clock
+    issue_cycles: int = 1  # that a scheduler is busy with one vector instruction
+
+    def flops_per_cycle(self, dtype: str) -> float:
+        """Of one processor."""
+        tera = self.tera_bf16 if dtype == "bf16" else self.tera_fp32
+        return tera * 1e3 / (self.processors * self.gigahertz)
+
+
+# As published by the vendors.
+CHIPS = {
+    "sm_80": Chip("A100 SXM 80 GB", 312, 19.5, 2.039, 108, 1.41),
+    "sm_90": Chip("H100 SXM", 989.4, 66.9, 3.35, 132, 1.83),
+    "sm_100": Chip("B200", 2250, 75, 8.0, 148, 1.85),
+    "gfx942": Chip("MI300X", 1307.4, 163.4, 5.3, 304, 2.1, issue_cycles=4),
+}
+# N, D, V
+SHAPES = ((8192, 4096, 128256), (8192, 4096, 151936), (16384, 2048, 248320))
+ITEM = 2  # bfloat16
+
+
+def phases(strategy: str, n: int, d: int, v: int) -> list[tuple[str, float, float]]:
+    """(name, FLOPs, bytes) of what a training step's loss does."""
+    gemm = 2.0 * n * d * v
+    head, hidden, logits = v * d * ITEM, n * d * ITEM, n * v
+    if strategy == "chunked":
+        size = plan.chunk_rows(n, v + plan.GPU.tile // 2, 4, plan.workspace_bytes(None, plan_device()))
+        chunks = math.ceil(n / size)
+        return [
+            ("logits", gemm, chunks * head + hidden + 4 * logits),
+            ("row_stats", 0, 4 * logits),
+            ("row_grad", 0, (4 + ITEM) * logits),
+            ("dh", gemm, ITEM * logits + chunks * head + 4 * n * d),
+            # Every chunk but the first reads the float32 sum as well; it is rounded at the end.
+            ("dW", gemm, ITEM * logits + hidden + (2 * chunks - 1) * 4 * v * d + 6 * v * d),
+        ]
+    width = plan.stream_width(n, v, ITEM, plan.workspace_bytes(None, plan_device()), plan.GPU.tile)
+    tiles = math.ceil(v / width)
+    return [
+        ("stream_stats", gemm, head + hidden),
+        ("stream_grad", gemm, head + tiles * hidden + ITEM * logits),
+        ("dh", gemm, ITEM * logits + head + (2 * tiles - 1) * 4 * n * d),
+        ("dW", gemm, ITEM * logits + tiles * hidden + (4 + 4 + ITEM) * v * d),
+    ]
+
+
+def plan_device():
+    import torch
+
+    return torch.device("cuda")
+
+
+def table() -> list[dict]:
+    rows = []
+    for n, d, v in SHAPES:
+        for arch, chip in CHIPS.items():
+            bare = 3 * 2.0 * n * d * v / (chip.tera_bf16 * 1e9)
+            for strategy in ("chunked", "streaming"):
+                parts = {}
+                for name, flops, size in phases(strategy, n, d, v):
+                    compute, memory = flops / (chip.tera_bf16 * 1e9), size / (chip.bandwidth * 1e9)
+                    parts[name] = (max(compute, memory), "memory" if memory > compute else "compute")
+                total = sum(time for time, _ in parts.values())
+                steps = phases(strategy, n, d, v)
+                rows.append(
+                    {
+                        "n": n,
+                        "d": d,
+                        "v": v,
+                        "arch": arch,
+                        "chip": chip.name,
+                        "strategy": strategy,
+                        "teraflop": round(sum(f for _, f, _ in steps) / 1e12, 2),
+                        "gigabytes": round(sum(b for _, _, b in steps) / 1e9, 2),
+                        "floor_ms": round(total, 2),
+                        "three_gemms_ms": round(bare, 2),
+                        "phases": {name: {"ms": round(t, 3), "bound": b} for name, (t, b) in parts.items()},
+                    }
+                )
+    return rows
+
+
+def print_table(rows: list[dict]) -> None:
+    print("Floors on paper, bfloat16, ms (m: bound by memory, else by tensor cores)")
+    for row in rows:
+        phases_text = "  ".join(
+            f"{name} {part['ms']:.2f}{'m' if part['bound'] == 'memory' else ''}"
+            for name, part in row["phases"].items()
+        )
+        print(
+            f"N {row['n']} D {row['d']} V {row['v']}  {row['chip']:<15} {row['strategy']:<10}"
+            f"{row['teraflop']:>7} TFLOP {row['gigabytes']:>7} GB  floor {row['floor_ms']:>7} "
+            f"(three GEMMs {row['three_gemms_ms']})  {phases_text}"
+        )

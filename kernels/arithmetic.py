@@ -1,0 +1,218 @@
+"""The arithmetic of one vocabulary row, for every Triton kernel.
+
+The functions and the order of the fields mirror csrc/row_math.h one to one; the mathematics, with the names
+used here, is in docs/mathematics.md. Values are scalars, vectors of rows or tiles of elements: the functions
+do not care. What a tile of logits needs in all kernels (its transform, its statistics, its gradient) is here
+as well, so that the four kernels differ only in where logits come from and where results go.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+# What a target is; a kernel is compiled for one of them.
+NO_TARGET, INDEX, DENSE, TOPK = (tl.constexpr(kind) for kind in range(4))
+# e^x is 0 in every supported type long before x reaches this; log-probabilities are clamped to it so that an
+# impossible entry contributes 0 * finite = 0 and not 0 * -inf = NaN.
+LOG_ZERO = tl.constexpr(-1e4)
+# Larger than any column.
+NO_COLUMN = tl.constexpr(2**30)
+
+
+class Partial(NamedTuple):
+    """Statistics of part of a row, relative to ``origin(max)``; the order is that of `PARTIAL` tensors."""
+
+    max: tl.tensor
+    sum_exp: tl.tensor
+    sum_exp_shift: tl.tensor
+    sum_exp_square: tl.tensor
+    target_shift: tl.tensor
+    target_exp: tl.tensor
+    target_mass: tl.tensor
+    shift_sum: tl.tensor
+    square_sum: tl.tensor
+    count: tl.tensor
+    logit_sum: tl.tensor
+
+
+class Coefficients(NamedTuple):
+    """The seven scalars of a row's gradient; the order is that of `coef` tensors."""
+
+    prob: tl.tensor
+    prob_log_prob: tl.tensor
+    prob_square: tl.tensor
+    target: tl.tensor
+    target_prob: tl.tensor
+    logit: tl.tensor
+    constant: tl.tensor
+
+
+FIELDS = tl.constexpr(len(Partial._fields))
+
+
+@triton.jit
+def origin(maximum):
+    """The point that shifted sums refer to: the maximum, or 0 where no entry is possible (all -inf)."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def rebase(part, maximum):
+    """The same statistics relative to a maximum that is no smaller."""
+    shift = origin(part.max) - origin(maximum)
+    scale = tl.where(part.sum_exp == 0, 0.0, tl.exp(shift))
+    return Partial(
+        maximum,
+        scale * part.sum_exp,
+        scale * (part.sum_exp_shift + shift * part.sum_exp),
+        scale * scale * part.sum_exp_square,
+        part.target_shift + shift * part.target_mass,
+        scale * part.target_exp,
+        part.target_mass,
+        part.shift_sum + shift * part.count,
+        part.square_sum,
+        part.count,
+        part.logit_sum,
+    )
+
+
+@triton.jit
+def merge(a, b):
+    """Merge the statistics of two disjoint parts of one row. Associative, so a row may be cut anywhere."""
+    # A NaN on either side must survive, which a plain maximum does not promise.
+    maximum = tl.where((a.max > b.max) | (a.max != a.max), a.max, b.max)
+    a = rebase(a, maximum)
+    b = rebase(b, maximum)
+    return Partial(
+        maximum,
+        a.sum_exp + b.sum_exp,
+        a.sum_exp_shift + b.sum_exp_shift,
+        a.sum_exp_square + b.sum_exp_square,
+        a.target_shift + b.target_shift,
+        a.target_exp + b.target_exp,
+        a.target_mass + b.target_mass,
+        a.shift_sum + b.shift_sum,
+        a.square_sum + b.square_sum,
+        a.count + b.count,
+        a.logit_sum + b.logit_sum,
+    )
+
+
+@triton.jit
+def takes_argmax(maximum, best, new_maximum):
+    """Whether a later part has the larger maximum: NaN counts as largest, the earlier one wins a tie."""
+    return (best < 0) | (new_maximum > maximum) | ((new_maximum != new_maximum) & (maximum == maximum))
+
+
+@triton.jit
+def prob_gradient(p, log_p, c):
+    """dloss/dz_j of an entry that carries no target mass, but for `logit` and `constant`."""
+    return p * (c.prob + c.prob_log_prob * log_p + c.prob_square * p)
+
+
+@triton.jit
+def target_gradient(b, p, c):
+    """What target mass b at an entry of probability p adds."""
+    return b * (c.target + c.target_prob * p)
+
+
+@triton.jit
+def logit_gradient(z, c):
+    """What the terms in the logits themselves add."""
+    # Skipped when absent, not multiplied by zero: a masked entry has z = -inf.
+    return tl.where(c.logit == 0, 0.0, c.logit * z) + c.constant
+
+
+@triton.jit
+def softcap_slope(z, inverse_cap):
+    """dz/du of the softcap z = cap tanh(u / cap), from z."""
+    t = z * inverse_cap
+    return 1.0 - t * t
+
+
+@triton.jit
+def scalar(value, dtype: tl.constexpr):
+    """A host number, handed over in double precision, in the dtype of the arithmetic."""
+    return tl.full((1,), value, dtype)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent to a few ulp, also near 0, from exp alone; the language has none of its own."""
+    square = x * x
+    near = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315))))
+    near += x * square * square * square * square * (62.0 / 2835 - square * (1382.0 / 155925))
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    # Where the series and the cancellation of 1 - e are both below the rounding of the dtype.
+    LIMIT: tl.constexpr = 1e-4 if x.dtype == tl.float64 else 0.04
+    return tl.where(square < LIMIT, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def transform(raw, bias, logit_scale, softcap, CAPPED: tl.constexpr):
+    """``z = softcap tanh(logit_scale (raw + bias) / softcap)``; bias may be None."""
+    z = raw
+    if bias is not None:
+        z += bias
+    z *= scalar(logit_scale, raw.dtype)
+    if CAPPED:
+        cap = scalar(softcap, raw.dtype)
+        z = cap * tanh(z * (1.0 / cap))
+    return z
+
+
+@triton.jit
+def gradient(z, maximum, log_sum, c, logit_scale, softcap, mass, CAPPED: tl.constexpr):
+    """dloss/draw of a tile of logits z that carries target mass (None: none)."""
+    log_p = (z - maximum) - log_sum
+    p = tl.exp(log_p)
+    grad = prob_gradient(p, tl.where(log_p < LOG_ZERO, LOG_ZERO, log_p), c)
+    if mass is not None:
+        grad += target_gradient(mass, p, c)
+    grad += logit_gradient(z, c)
+    if CAPPED:
+        grad *= softcap_slope(z, 1.0 / scalar(softcap, z.dtype))
+    return grad * scalar(logit_scale, z.dtype)
+
+
+@triton.jit
+def load_coefficients(coef, at, rows, mask):
+    """The coefficients [7, rows] of some rows; 64-bit `at`."""
+    return Coefficients(
+        tl.load(coef + at, mask=mask, other=0.0),
+        tl.load(coef + rows + at, mask=mask, other=0.0),
+        tl.load(coef + 2 * rows + at, mask=mask, other=0.0),
+        tl.load(coef + 3 * rows + at, mask=mask, other=0.0),
+        tl.load(coef + 4 * rows + at, mask=mask, other=0.0),
+        tl.load(coef + 5 * rows + at, mask=mask, other=0.0),
+        tl.load(coef + 6 * rows + at, mask=mask, other=0.0),
+    )
+
+
+@triton.jit
+def load_partial(partial, at, rows, mask):
+    """Statistics [PARTIAL, rows] of some parts; what is masked reads as the statistics of nothing."""
+    return Partial(
+        tl.load(partial + at, mask=mask, other=float("-inf")),
+        tl.load(partial + rows + at, mask=mask, other=0.0),
+        tl.load(partial + 2 * rows + at, mask=mask, other=0.0),
+        tl.load(partial + 3 * rows + at, mask=mask, other=0.0),
+        tl.load(partial + 4 * rows + at, mask=mask, other=0.0),
+        tl.load(partial + 5 * rows + at, mask=mask, other=0.0),
+        tl.load(partial + 6 * rows + at, mask=mask, other=0.0),
+        tl.load(partial + 7 * rows + at, mask=mask, other=0.0),
+        tl.load(partial + 8 * rows + at, mask=mask, other=0.0),
+        tl.load(partial + 9 * rows + at, mask=mask, other=0.0),
+        tl.load(partial + 10 * rows + at, mask=mask, other=0.0),
+    )
+
+
+@triton.jit
+def store_partial(partial, at, rows, part, mask):
+    """The inverse of `load_partial`."""
+    for field in tl.static_range(FIELDS):
+        tl.store(partial + field * rows + at, part[field], mask=mask)

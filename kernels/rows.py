@@ -1,0 +1,259 @@
+"""Statistics and gradients of logits that exist in memory: `row_stats` and `row_grad`.
+
+Both are bound by memory: each logit is read once for the statistics and once for the gradient. A program
+takes one segment of one row, in blocks; a segment's length is fixed, so how a row is cut, and thus its every
+bit, does not depend on the other rows. `merge_parts` merges the segments in one fixed order, without
+atomics; the streaming kernels use it as well. Sparse targets of the statistics are gathered from the row and
+not searched for in it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arithmetic import (
+    DENSE,
+    FIELDS,
+    INDEX,
+    LOG_ZERO,
+    NO_COLUMN,
+    NO_TARGET,
+    TOPK,
+    Partial,
+    gradient,
+    load_coefficients,
+    load_partial,
+    merge,
+    origin,
+    rebase,
+    store_partial,
+    takes_argmax,
+    transform,
+)
+
+# Of integers, only sizes that a model fixes are worth compiling for.
+_VARYING = ("rows", "offset", "splits")
+
+
+@triton.jit
+def _load_logits(
+    logits, bias, columns, mask, logit_scale, softcap, CAPPED: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Logits of one row at some columns, -inf where masked; and the mask once more."""
+    raw = tl.load(logits + columns, mask=mask, other=0.0).to(DTYPE)
+    if bias is not None:
+        bias = tl.load(bias + columns, mask=mask, other=0.0).to(DTYPE)
+    return tl.where(mask, transform(raw, bias, logit_scale, softcap, CAPPED), float("-inf"))
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def row_stats(
+    logits,  # [rows, columns], row stride logits_stride
+    parts,  # out [splits, 11, rows]
+    best,  # out [splits, rows] int64: the argmax of each part, counted from the start of the vocabulary
+    target,  # [rows] index, [rows, columns] dense, or [rows, K] indices; None
+    target_prob,  # [rows, K] of a top-k target; else None
+    bias,  # [columns] or None
+    active,  # [rows] or None
+    rows,
+    columns,
+    logits_stride,
+    target_stride,  # row stride of target: K for a top-k target
+    offset,  # of column 0 in the vocabulary
+    logit_scale: "fp64",
+    softcap: "fp64",
+    TARGET: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TOPK_BLOCK: tl.constexpr,
+):
+    """Statistics of one segment (BLOCKS blocks of BLOCK columns) of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1).to(tl.int64)
+    rows = rows.to(tl.int64)
+    DTYPE: tl.constexpr = parts.dtype.element_ty
+    if active is not None:
+        if tl.load(active + row) == 0:
+            return
+    logits += row * logits_stride
+    first = tl.program_id(1) * BLOCK * BLOCKS
+    last = tl.minimum(first + BLOCK * BLOCKS, columns)
+    zero = tl.full((1,), 0.0, DTYPE)
+    running = Partial(zero - float("inf"), zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    argmax = tl.full((1,), -1, tl.int64)
+    for start in range(first, last, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < columns
+        z = _load_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, DTYPE)
+        maximum = tl.max(z, 0)
+        # The position of the first NaN if there is one, as a negative number, else of the first maximum.
+        place = tl.where(z == maximum, column, NO_COLUMN)
+        place = tl.min(tl.where(z != z, column - NO_COLUMN, place), 0)
+        d = z - origin(maximum)
+        e = tl.exp(d)
+        seen = tl.where(inside, d, 0.0)
+        valued = tl.where(inside, z, 0.0)
+        target_shift, target_exp, mass = zero, zero, zero
+        if TARGET == DENSE:
+            b = tl.load(target + row * target_stride + column, mask=inside, other=0.0).to(DTYPE)
+            target_shift += tl.sum(tl.where(b == 0, 0.0, b * d), 0)
+            target_exp += tl.sum(b * e, 0)
+            mass += tl.sum(b, 0)
+        block = Partial(
+            zero + tl.where(place < 0, float("nan"), maximum),
+            zero + tl.sum(e, 0),
+            zero + tl.sum(e * tl.where(d < LOG_ZERO, LOG_ZERO, d), 0),
+            zero + tl.sum(e * e, 0),
+            target_shift,
+            target_exp,
+            mass,
+            zero + tl.sum(seen, 0),
+            zero + tl.sum(valued * valued, 0),
+            zero + tl.sum(inside.to(DTYPE), 0),
+            zero + tl.sum(valued, 0),
+        )
+        place = tl.where(place < 0, place + NO_COLUMN, place).to(tl.int64)
+        argmax = tl.where(takes_argmax(running.max, argmax, block.max), place + offset, argmax)
+        running = merge(running, block)
+    if TARGET == INDEX or TARGET == TOPK:
+        top = tl.sum(origin(running.max), 0)
+        target_shift, target_exp, mass = zero, zero, zero
+        entries = 1
+        if TARGET == TOPK:
+            entries = target_stride
+        for start in range(0, entries, TOPK_BLOCK):
+            k = start + tl.arange(0, TOPK_BLOCK)
+            at = row * entries + k
+            column = tl.load(target + at, mask=k < entries, other=-1) - offset
+            inside = (k < entries) & (column >= first) & (column < last)
+            z = _load_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, DTYPE)
+            b = inside.to(DTYPE)
+            if TARGET == TOPK:
+                b = tl.load(target_prob + at, mask=inside, other=0.0).to(DTYPE)
+            d = z - top
+            target_shift += tl.sum(tl.where(b == 0, 0.0, b * d), 0)
+            target_exp += tl.sum(tl.where(b == 0, 0.0, b * tl.exp(d)), 0)
+            mass += tl.sum(b, 0)
+        running = Partial(
+            running.max,
+            running.sum_exp,
+            running.sum_exp_shift,
+            running.sum_exp_square,
+            target_shift,
+            target_exp,
+            mass,
+            running.shift_sum,
+            running.square_sum,
+            running.count,
+            running.logit_sum,
+        )
+    one = row + tl.zeros((1,), tl.int64)
+    everything = tl.full((1,), True, tl.int1)
+    store_partial(parts + split * FIELDS * rows, one, rows, running, everything)
+    tl.store(best + split * rows + one, argmax)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def merge_parts(
+    parts,  # [splits, 11, rows]
+    best,  # [splits, rows]
+    partial,  # in and out [11, rows]
+    argmax,  # in and out [rows]
+    active,  # [rows] or None: the parts of other rows were not written
+    rows,
+    splits,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Merge the parts of each row, all at once, and then into what was known of the row before."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = rows.to(tl.int64)
+    split = tl.arange(0, SPLITS)[:, None]
+    wanted = row < rows
+    if active is not None:
+        wanted = wanted & (tl.load(active + row, mask=wanted, other=0) != 0)
+    inside = (split < splits) & wanted[None, :]
+    part = load_partial(parts, split.to(tl.int64) * FIELDS * rows + row[None, :], rows, inside)
+    place = tl.load(best + split.to(tl.int64) * rows + row[None, :], mask=inside, other=0)
+    nan = tl.max((part.max != part.max).to(tl.int32), 0) != 0
+    maximum = tl.where(nan, float("nan"), tl.max(part.max, 0))
+    # The first part that has the maximum, or a NaN, has the lowest index.
+    winner = tl.where(nan[None, :], part.max != part.max, part.max == maximum[None, :])
+    # -1 where every part is masked, as a part without a maximum cannot be.
+    found = tl.min(tl.where(winner & inside, split, SPLITS), 0)
+    place = tl.sum(tl.where(split == found[None, :], place, 0), 0)
+    part = rebase(part, maximum[None, :])
+    new = Partial(
+        maximum,
+        tl.sum(part.sum_exp, 0),
+        tl.sum(part.sum_exp_shift, 0),
+        tl.sum(part.sum_exp_square, 0),
+        tl.sum(part.target_shift, 0),
+        tl.sum(part.target_exp, 0),
+        tl.sum(part.target_mass, 0),
+        tl.sum(part.shift_sum, 0),
+        tl.sum(part.square_sum, 0),
+        tl.sum(part.count, 0),
+        tl.sum(part.logit_sum, 0),
+    )
+    known = load_partial(partial, row, rows, wanted)
+    known_best = tl.load(argmax + row, mask=wanted, other=0)
+    better = takes_argmax(known.max, known_best, maximum)
+    tl.store(argmax + row, tl.where(better, place, known_best), mask=wanted)
+    store_partial(partial, row, rows, merge(known, new), wanted)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def row_grad(
+    logits,  # [rows, columns], row stride logits_stride
+    out,  # [rows, columns], row stride out_stride; may be the logits
+    norm,  # [2, rows]: maximum and log of the sum of exponentials of the whole row
+    coef,  # [7, rows]
+    target,  # as in row_stats
+    target_prob,
+    bias,
+    active,  # rows that are not get zeros
+    rows,
+    columns,
+    logits_stride,
+    out_stride,
+    target_stride,
+    offset,
+    logit_scale: "fp64",
+    softcap: "fp64",
+    TARGET: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dloss/draw of one block of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    DTYPE: tl.constexpr = norm.dtype.element_ty
+    out += row * out_stride
+    if active is not None:
+        if tl.load(active + row) == 0:
+            tl.store(out + column, tl.zeros((BLOCK,), DTYPE).to(out.dtype.element_ty), mask=inside)
+            return
+    z = _load_logits(logits + row * logits_stride, bias, column, inside, logit_scale, softcap, CAPPED, DTYPE)
+    c = load_coefficients(coef, row, rows.to(tl.int64), row < rows)
+    if TARGET == NO_TARGET:
+        mass = None
+    else:
+        mass = tl.zeros((BLOCK,), DTYPE)
+    if TARGET == INDEX:
+        mass = (column == tl.load(target + row) - offset).to(DTYPE)
+    if TARGET == DENSE:
+        mass = tl.load(target + row * target_stride + column, mask=inside, other=0.0).to(DTYPE)
+    if TARGET == TOPK:
+        start = offset + tl.program_id(1) * BLOCK
+        for k in range(0, target_stride):
+            index = tl.load(target + row * target_stride + k)
+            if (index >= start) & (index < start + BLOCK):
+                mass += tl.where(
+                    column == index - offset, tl.load(target_prob + row * target_stride + k), 0.0
+                )
+    grad = gradient(z, tl.load(norm + row), tl.load(norm + rows + row), c, logit_scale, softcap, mass, CAPPED)
+    tl.store(out + column, grad.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,341 @@
+"""The Triton backend: launches kernels/ for the primitives whose contract is at the top of ``ops.py``.
+
+`stream_stats` and `stream_grad` take hidden states [R, D] and a piece of the head [T, D], of one dtype
+(float32, bfloat16 or float16), in the place of logits [R, T], and a top-k target sorted by class; the rest of
+their contract is that of row_stats and row_grad. float32 products are IEEE ones, not tf32. Nothing here
+waits for the device. Imported when first used: under TRITON_INTERPRET=1 the kernels run on CPU tensors,
+slowly, for tests and for people without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..kernels import configs, rows, stream
+
+INTERPRETED = not isinstance(rows.row_stats, triton.JITFunction)
+# Kinds of target, by the numbers of kernels/arithmetic.py.
+KINDS = ("none", "index", "dense", "topk")
+# The parts of stream_stats that exist at a time, in bytes.
+_PARTS_BYTES = 2**26
+
+
+@functools.cache
+def architecture() -> configs.Architecture:
+    """The table's row for the current device. Asked once: a process with unlike GPUs uses the first one's."""
+    if INTERPRETED:
+        return configs.ARCHITECTURES["interpreter"]
+    target = triton.runtime.driver.active.get_current_target()
+    return configs.ARCHITECTURES[configs.architecture_name(target.backend, target.arch)]
+
+
+def _target(index, dense, topk_index, topk_prob) -> tuple[int, Tensor | None, Tensor | None, int]:
+    """Kind, target, probabilities and row stride, as the kernels take them."""
+    if dense is not None:
+        return 2, dense, None, dense.stride(0)
+    if topk_index is not None:
+        return 3, topk_index, topk_prob, topk_index.shape[1]
+    return (0, None, None, 0) if index is None else (1, index, None, 0)
+
+
+def _by_rows(logits: Tensor) -> Tensor:
+    """Logits of unit stride along the vocabulary, as all are on a GPU; on a CPU they may be transposed."""
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+
+
+@contextmanager
+def _writable(out: Tensor) -> Iterator[Tensor]:
+    """Where a kernel writes what is to stand in out: the interpreter truncates bfloat16."""
+    truncated = INTERPRETED and out.dtype == torch.bfloat16
+    if not truncated and _by_rows(out) is out:
+        yield out
+        return
+    wide = torch.empty(out.shape, dtype=torch.float32 if truncated else out.dtype, device=out.device)
+    yield wide
+    out.copy_(wide)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _new_parts(splits: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    parts = torch.empty(splits, like.shape[0], count, dtype=like.dtype, device=like.device)
+    return parts, torch.empty(splits, count, dtype=torch.int64, device=like.device)
+
+
+def _merge(parts, best, partial, argmax, active) -> None:
+    splits, count = best.shape
+    width = _power_of_two(splits)
+    block = max(1, configs.MERGE_TILE // width)
+    rows.merge_parts[(triton.cdiv(count, block),)](
+        parts, best, partial, argmax, active, count, splits, ROWS=block, SPLITS=width, num_warps=4
+    )
+
+
+def row_stats(
+    logits,
+    partial,
+    argmax,
+    offset,
+    index,
+    dense,
+    topk_index,
+    topk_prob,
+    bias,
+    active,
+    logit_scale,
+    softcap,
+) -> None:
+    """Merge the statistics of a tile of logits into partial and argmax."""
+    count, columns = logits.shape
+    if count == 0 or columns == 0:
+        return
+    logits = _by_rows(logits)
+    splits = triton.cdiv(columns, configs.ROW_BLOCK * configs.ROW_BLOCKS)
+    parts, best = _new_parts(splits, count, partial)
+    kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
+    rows.row_stats[(count, splits)](
+        logits,
+        parts,
+        best,
+        target,
+        target_prob,
+        bias,
+        active,
+        count,
+        columns,
+        logits.stride(0),
+        target_stride,
+        offset,
+        float(logit_scale),
+        softcap or 0.0,
+        TARGET=kind,
+        CAPPED=softcap is not None,
+        BLOCK=configs.ROW_BLOCK,
+        BLOCKS=configs.ROW_BLOCKS,
+        TOPK_BLOCK=configs.TOPK_BLOCK,
+        num_warps=configs.ROW_WARPS,
+    )
+    _merge(parts, best, partial, argmax, active)
+
+
+def row_grad(
+    logits,
+    out,
+    norm,
+    coef,
+    offset,
+    index,
+    dense,
+    topk_index,
+    topk_prob,
+    bias,
+    active,
+    logit_scale,
+    softcap,
+) -> None:
+    """Write dloss/dlogits of a tile to out, which may be the logits, or narrower."""
+    count, columns = logits.shape
+    if count == 0 or columns == 0:
+        return
+    kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
+    logits = _by_rows(logits)
+    with _writable(out) as out:
+        rows.row_grad[(count, triton.cdiv(columns, configs.ROW_BLOCK))](
+            logits,
+            out,
+            norm,
+            coef,
+            target,
+            target_prob,
+            bias,
+            active,
+            count,
+            columns,
+            logits.stride(0),
+            out.stride(0),
+            target_stride,
+            offset,
+            float(logit_scale),
+            softcap or 0.0,
+            TARGET=kind,
+            CAPPED=softcap is not None,
+            BLOCK=configs.ROW_BLOCK,
+            num_warps=configs.ROW_WARPS,
+        )
+
+
+def serves_stream(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the streaming kernels take these: of one dtype, and not float64, which goes by rows."""
+    return hidden.dtype == weight.dtype and hidden.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _operands(kernel: str, kind: int, hidden: Tensor, weight: Tensor):
+    """(configuration, kernel arguments for both operands): descriptors where they can be had."""
+    if INTERPRETED and hidden.dtype == torch.bfloat16:
+        # The interpreter's tl.dot multiplies the bit patterns of bfloat16.
+        hidden, weight = hidden.float(), weight.float()
+    config = architecture().stream(kernel, KINDS[kind], hidden.dtype.itemsize)
+    hidden, weight = (t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous() for t in (hidden, weight))
+    strides = hidden.stride(0), weight.stride(0)
+    if config.descriptors and all(_describable(t) for t in (hidden, weight)):
+        hidden = TensorDescriptor.from_tensor(hidden, [config.block_m, config.block_k])
+        weight = TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k])
+    return config, hidden, weight, strides
+
+
+def _describable(tensor: Tensor) -> bool:
+    """Whether a tensor descriptor can stand for it: 16-byte alignment of the start and of every row."""
+    stride = tensor.stride(0) * tensor.dtype.itemsize
+    return tensor.numel() > 0 and stride > 0 and stride % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+@functools.cache
+def _tuned(kernel, config: configs.StreamConfig):
+    """The kernel, timed on a few neighbours of its configuration when it first meets a shape."""
+    candidates = [
+        triton.Config({"BLOCK_K": c.block_k, "GROUP": c.group}, num_warps=c.warps, num_stages=c.stages)
+        for c in configs.neighbours(config)
+    ]
+    return triton.autotune(candidates, key=["columns", "width"])(kernel)
+
+
+def _launch(kernel, config, hidden, grid, *arguments, **meta) -> None:
+    meta.update(BLOCK_M=config.block_m, BLOCK_N=config.block_n, PIECES=config.pieces)
+    meta["TOPK_BLOCK"] = configs.STREAM_TOPK_BLOCK
+    meta["DESCRIPTORS"] = isinstance(hidden, TensorDescriptor)
+    # A descriptor is made for one BLOCK_K.
+    if configs.autotuning() and not INTERPRETED and not meta["DESCRIPTORS"]:
+        _tuned(kernel, config)[(grid,)](hidden, *arguments, **meta)
+        return
+    meta.update(BLOCK_K=config.block_k, GROUP=config.group)
+    kernel[(grid,)](hidden, *arguments, **meta, num_warps=config.warps, num_stages=config.stages)
+
+
+def segments(columns: int, config: configs.StreamConfig) -> tuple[int, int]:
+    """(tiles in a segment, segments) of a vocabulary; of the vocabulary alone, for batch invariance."""
+    tiles = triton.cdiv(columns, config.block_n)
+    each = triton.cdiv(tiles, architecture().segments)
+    return each, triton.cdiv(tiles, each)
+
+
+def stream_stats(
+    hidden,
+    weight,
+    partial,
+    argmax,
+    offset,
+    index,
+    dense,
+    topk_index,
+    topk_prob,
+    bias,
+    active,
+    logit_scale,
+    softcap,
+) -> None:
+    """Merge the statistics of ``hidden @ weight.T`` into partial and argmax."""
+    columns, width = weight.shape
+    if hidden.shape[0] == 0 or columns == 0:
+        return
+    kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
+    config = architecture().stream("stream_stats", KINDS[kind], hidden.dtype.itemsize)
+    tiles, splits = segments(columns, config)
+    most = _PARTS_BYTES // (splits * 4 * (partial.shape[0] + 2)) // config.block_m * config.block_m
+    most = max(most, config.block_m)
+    if hidden.shape[0] > most:
+        for start in range(0, hidden.shape[0], most):
+            part = slice(start, start + most)
+            known = partial[:, part].contiguous()
+            cut = [None if t is None else t[part] for t in (index, dense, topk_index, topk_prob)]
+            alive = None if active is None else active[part]
+            tail = (offset, *cut, bias, alive, logit_scale, softcap)
+            stream_stats(hidden[part], weight, known, argmax[part], *tail)
+            partial[:, part] = known
+        return
+    count = hidden.shape[0]
+    config, hidden, weight, strides = _operands("stream_stats", kind, hidden, weight)
+    parts, best = _new_parts(splits, count, partial)
+    _launch(
+        stream.stream_stats,
+        config,
+        hidden,
+        triton.cdiv(count, config.block_m) * splits,
+        weight,
+        parts,
+        best,
+        target,
+        target_prob,
+        bias,
+        count,
+        columns,
+        width,
+        *strides,
+        target_stride,
+        offset,
+        splits,
+        tiles,
+        float(logit_scale),
+        softcap or 0.0,
+        TARGET=kind,
+        CAPPED=softcap is not None,
+    )
+    _merge(parts, best, partial, argmax, active)
+
+
+def stream_grad(
+    hidden,
+    weight,
+    out,
+    norm,
+    coef,
+    offset,
+    index,
+    dense,
+    topk_index,
+    topk_prob,
+    bias,
+    active,
+    logit_scale,
+    softcap,
+) -> None:
+    """Write the gradient of the logits ``hidden @ weight.T`` to out [R, T]."""
+    count, (columns, width) = hidden.shape[0], weight.shape
+    if count == 0 or columns == 0:
+        return
+    kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
+    config, hidden, weight, strides = _operands("stream_grad", kind, hidden, weight)
+    with _writable(out) as out:
+        _launch(
+            stream.stream_grad,
+            config,
+            hidden,
+            triton.cdiv(count, config.block_m) * triton.cdiv(columns, config.block_n),
+            weight,
+            out,
+            norm,
+            coef,
+            target,
+            target_prob,
+            bias,
+            active,
+            count,
+            columns,
+            width,
+            *strides,
+            out.stride(0),
+            target_stride,
+            offset,
+            float(logit_scale),
+            softcap or 0.0,
+            TARGET=kind,
+            CAPPED=softcap is not None,
+        )

@@ -1,0 +1,70 @@
+"""What the Triton kernels compile to, for GPUs that are not there.
+
+Compilation runs in other processes, which TRITON_INTERPRET does not reach.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ROOT, child_environment
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+ARCHITECTURES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+
+
+def run(*command) -> str:
+    environment = child_environment(TRITON_DEFAULT_FP_FUSION="1")
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def report():
+    return json.loads(run(ROOT / "benchmarks" / "aot_report.py", "--jobs", "2", "--json", "-"))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_configuration_compiles_without_spills_within_shared_memory(report, arch):
+    rows = [row for row in report["kernels"] if row["arch"] == arch]
+    # Four kernels, two dtypes, three kinds of target, and the merge of parts.
+    assert len(rows) == 4 * 2 * 3 + 1
+    for row in rows:
+        assert row["spill_bytes"] == 0, row
+        assert row["shared"] <= row["shared_limit"], row
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_both_streaming_kernels_use_the_tensor_cores(report, arch):
+    rows = [row for row in report["kernels"] if row["arch"] == arch and row["kernel"].startswith("stream")]
+    for row in rows:
+        # IEEE float32 products have a matrix instruction on AMD only.
+        if row["dtype"] == "bf16" or arch == "gfx942":
+            assert row["tensor_core"] == ARCHITECTURES[arch], row
+        assert row["loop_math"] > 0, row
+
+
+def test_the_roofline_has_every_shape_strategy_and_chip(report):
+    rows = report["roofline"]
+    assert len(rows) == 3 * 2 * len(ARCHITECTURES)
+    for row in rows:
+        gemms = 3 if row["strategy"] == "chunked" else 4
+        assert row["teraflop"] == pytest.approx(gemms * 2e-12 * row["n"] * row["d"] * row["v"], abs=0.01)
+        assert row["floor_ms"] >= row["three_gemms_ms"] * gemms / 3 * 0.999
+
+
+def test_changing_a_coefficient_compiles_nothing_new():
+    for strategy, counts in json.loads(run(ROOT / "tests" / "triton_recompile.py")).items():
+        first = counts.pop("first")
+        if strategy == "chunked":
+            # On a CPU its logits are transposed; those of one row have another stride.
+            counts.pop("one token")
+        assert first > 0, "nothing was compiled: the test measures nothing"
+        assert set(counts.values()) == {first}, (strategy, counts)

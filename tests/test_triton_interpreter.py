@@ -1,0 +1,31 @@
+"""Runs the Triton tests that need TRITON_INTERPRET=1, each module in a process of its own.
+
+The variable must be set before the kernels are defined, and must not reach the other tests, some of which
+need compiled kernels.
+"""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import child_environment
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("module", ["test_triton_rows.py", "test_triton_stream.py", "test_triton_api.py"])
+def test_in_the_interpreter(module):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / module)],
+        cwd=HERE.parent,
+        env=child_environment(TRITON_INTERPRET="1"),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,161 @@
+"""What the interpreter tests of the Triton kernels share: problems, the float64 truth, and judging.
+
+The truth for a primitive is the reference: statistics in float64, and gradients by autograd through them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from helpers import class_indices, rand, randn, top_k
+from tightrope import reference
+from tightrope.coefficients import row_coefficients
+from tightrope.statistics import StatGrads, empty_partial, row_stats, summarise
+
+KINDS = ("none", "index", "dense", "topk")
+HOSTILE = ("plain", "peaked", "offset", "negative", "masked", "constant")
+OFFSET = 11  # of the tile in the vocabulary
+
+
+@dataclass
+class Case:
+    """hidden [R, D] and head [T, D] in their dtype, and the tail that the primitives share."""
+
+    hidden: Tensor
+    weight: Tensor
+    tail: tuple
+    target: Tensor | None  # dense, float64
+    has_index: bool
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+    @property
+    def active(self) -> Tensor | None:
+        return self.tail[6]
+
+    def raw(self, dtype=torch.float64) -> Tensor:
+        return self.hidden.to(dtype) @ self.weight.to(dtype).t()
+
+    def transformed(self, raw: Tensor) -> Tensor:
+        bias, scale, cap = self.tail[5], self.tail[7], self.tail[8]
+        return reference.transform(raw if bias is None else raw + bias, logit_scale=scale, softcap=cap)
+
+    def arguments(self) -> tuple:
+        """The tail with indices that count from the start of the vocabulary."""
+        return self.tail
+
+
+def case(
+    rows,
+    columns,
+    width,
+    kind,
+    *,
+    how="plain",
+    dtype=torch.float32,
+    softcap=None,
+    bias=True,
+    masked_rows=False,
+    logit_scale=0.75,
+    seed=0,
+) -> Case:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    hidden = randn(rows, width, seed=seed)
+    weight = randn(columns, width, seed=seed + 1) * 2 / width**0.5
+    shift = randn(columns, seed=seed + 2, dtype=wide)
+    index = class_indices((rows,), columns, seed=seed + 3)
+    if how == "peaked":
+        hidden[::2] *= 20
+    elif how == "offset":
+        shift += 1e4
+    elif how == "negative":
+        shift = -shift.abs() - 60
+    elif how == "masked":
+        shift[rand(columns, seed=seed + 4) < 0.5] = -torch.inf
+        shift[0], index = 0.0, torch.zeros(rows, dtype=torch.int64)
+    elif how == "constant":
+        hidden, shift = torch.zeros_like(hidden), torch.zeros_like(shift)
+    target = topk_index = topk_prob = dense = None
+    if kind == "index":
+        target = reference.dense_target(index, columns, dtype=torch.float64)[0]
+    elif kind == "dense":
+        target = torch.softmax(randn(rows, columns, seed=seed + 5, dtype=torch.float64), -1)
+        if how == "masked":
+            target[:, shift == -torch.inf] = 0.0
+        dense = target.to(wide)
+        target = dense.double()
+    elif kind == "topk":
+        pairs = top_k((rows,), columns, k=5, seed=seed + 6, dtype=wide)
+        indices = torch.zeros_like(pairs.indices) if how == "masked" else pairs.indices
+        topk_index, order = indices.sort(dim=-1, stable=True)
+        topk_prob = pairs.probs.gather(-1, order)
+        target = reference.dense_target((topk_index, topk_prob), columns, dtype=torch.float64)[0]
+        topk_index = topk_index + OFFSET
+    active = torch.arange(rows) % 3 != 1 if masked_rows else None
+    tail = (
+        OFFSET,
+        index + OFFSET if kind == "index" else None,
+        dense,
+        topk_index,
+        topk_prob,
+        shift if bias or how != "plain" else None,
+        active,
+        logit_scale,
+        softcap,
+    )
+    return Case(hidden.to(dtype), weight.to(dtype), tail, target, kind == "index")
+
+
+def upstream(rows: int, has_target: bool) -> StatGrads:
+    """An upstream gradient for every field: every coefficient of the gradient is used."""
+    names = [name for name in StatGrads._fields if has_target or not name.startswith("target_")]
+    values = {name: randn(rows, seed=50 + i, dtype=torch.float64) for i, name in enumerate(names)}
+    for name in ("logit_sum", "logit_square_sum"):
+        values[name] = values[name] * 0.01
+    return StatGrads(**values)
+
+
+def truth(problem: Case, dtype=torch.float64) -> tuple[dict[str, Tensor], Tensor]:
+    """Statistics by name, and the gradient of the raw logits under `upstream`, in a dtype."""
+    raw = problem.raw(dtype).requires_grad_()
+    target = None if problem.target is None else problem.target.to(dtype)
+    stats = reference.row_stats(problem.transformed(raw), target)
+    grads = upstream(raw.shape[0], target is not None)
+    total = sum(
+        (g.to(dtype) * getattr(stats, n)).sum() for n, g in zip(grads._fields, grads) if g is not None
+    )
+    return {n: v.detach() for n, v in stats._asdict().items() if v is not None}, torch.autograd.grad(
+        total, raw
+    )[0]
+
+
+def rounding(problem: Case, exact: Tensor) -> float:
+    """The size of the terms that a statistic is summed from: what float32 rounds."""
+    largest = problem.transformed(problem.raw()).abs().nan_to_num(posinf=0).max().item()
+    return 1 + largest + exact.abs().nan_to_num(posinf=0).max().item()
+
+
+def summary_of(problem: Case, partial: Tensor) -> Tensor:
+    return summarise(partial, target_must_occur=problem.has_index)
+
+
+def named_statistics(problem: Case, partial: Tensor, argmax: Tensor) -> dict[str, Tensor]:
+    stats = row_stats(summary_of(problem, partial), argmax - OFFSET)._asdict()
+    return {n: v for n, v in stats.items() if problem.target is not None or not n.startswith("target_")}
+
+
+def coefficients(problem: Case, partial: Tensor) -> tuple[Tensor, Tensor]:
+    """(norm [2, R], coef [7, R]) of finished statistics, under `upstream`."""
+    summary = summary_of(problem, partial)
+    grads = upstream(summary.shape[1], problem.target is not None)
+    grads = StatGrads(*(None if g is None else g.to(summary.dtype) for g in grads))
+    return summary[:2].contiguous(), row_coefficients(summary, grads, problem.weight.shape[0])
+
+
+def new_partial(problem: Case):
+    return empty_partial(problem.hidden.shape[0], problem.wide, torch.device("cpu"))
