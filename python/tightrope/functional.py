@@ -89,7 +89,8 @@ def linear_reality_creativity_loss(
             learn how many are left. Default: skip them wherever that is possible.
         return_stats: also return the detached :class:`RowStats` of every token.
         workspace_mb: budget of the scratch memory for logits, in MiB; default 72, on a GPU 1024.
-        backend: ``"cpu"``, ``"cuda"`` (C++), ``"triton"``, ``"eager"`` (PyTorch), or None: the best for the device.
+        backend: ``"cpu"`` or ``"cuda"`` (C++), ``"triton"``, ``"eager"`` (PyTorch), or None: the best for the
+            device.
         strategy: ``"chunked"`` (three GEMMs; gradients are made in the forward pass), ``"streaming"`` (four,
             and memory for one tile of logits), or None: chunked where the workspace holds chunks of good
             size. Without gradients, or with ``reduction="none"``, it is streaming.
