@@ -215,7 +215,7 @@ def registered():
 
 
 # Called by the other operators, where no mode sees them; they write into arguments, see below.
-PRIMITIVES = {"tightrope::row_stats", "tightrope::row_grad"}
+PRIMITIVES = {"tightrope::row_stats", "tightrope::row_grad", "tightrope::row_loss_grad"}
 
 
 def test_every_operator_is_checked():
@@ -248,8 +248,12 @@ def primitive_arguments(kind):
 def test_primitives(name, kind):
     """The primitives write into tensors that the caller gives, as their schema says."""
     rows, logits, tail = primitive_arguments(kind)
+    partial = empty_partial(rows, torch.float32, torch.device("cpu"))
     if name.endswith("row_stats"):
-        args = (logits, *empty_partial(rows, torch.float32, torch.device("cpu")), *tail)
+        args = (logits, *partial, *tail)
+    elif name.endswith("row_loss_grad"):
+        # Whole rows: there is no offset among its arguments.
+        args = (logits, torch.empty_like(logits).fill_(float("nan")), *partial, randn(11, rows), *tail[1:])
     else:
         norm = torch.stack([logits.amax(-1), torch.ones(rows)])
         args = (logits, torch.empty_like(logits).fill_(float("nan")), norm, randn(7, rows), *tail)

@@ -39,9 +39,9 @@ def test_more_logits_than_32_bits_count(strategy):
     )
     exact = oracle(few)
     exact["input"] = exact["input"].repeat(COPIES, 1) / COPIES
-    start = time.perf_counter()
+    start = time.process_time()  # of all threads; unlike the clock on the wall, no other process counts
     actual = ours(many, strategy=strategy)
-    assert time.perf_counter() - start < 60
+    assert time.process_time() - start < 120
     assert_within(actual["loss"], exact["loss"], 1e-6)
     assert_within(actual["input"], exact["input"], 1e-5, what="input")
     # The sums of equal copies round alike, so their errors add up instead of cancelling.

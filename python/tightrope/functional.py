@@ -384,14 +384,9 @@ def _strategy(strategy, reduction, rows, weight, bias, workspace_mb) -> str:
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weight, bias))
     if reduction == "none" or not wanted:
         return "streaming"
-    itemsize = arithmetic_dtype(rows, weight, bias).itemsize
-    return strategy or plan.choose_strategy(
-        rows.shape[0],
-        weight.shape[0],
-        itemsize,
-        plan.workspace_bytes(workspace_mb, rows.device),
-        rows.device,
-    )
+    itemsize, device = arithmetic_dtype(rows, weight, bias).itemsize, rows.device
+    workspace = plan.workspace_bytes(workspace_mb, device)
+    return strategy or plan.choose_strategy(rows.shape[0], weight.shape[0], itemsize, workspace, device)
 
 
 def _reduce(loss: Tensor, scale: Tensor, valid: Tensor | None, reduction: str, shape: torch.Size) -> Tensor:
