@@ -71,6 +71,7 @@ def loss_and_gradients(
     # Beside the logits, a tile of their gradients where that is narrower.
     narrow = 0 if problem.operand == dtype else min(vocab_size, plan.sizes(device).tile) // 2
     size = plan.chunk_rows(rows.count, vocab_size + narrow, dtype.itemsize, workspace)
+    size = min(size, plan.sizes(device).max_chunk_rows)
     chunks = plan.spans(rows.count, size, plan.ROW_MULTIPLE)
     size = max((stop - start for start, stop in chunks), default=0)
     with borrow(size * vocab_size, dtype, device) as flat:

@@ -15,6 +15,7 @@ class Sizes:
     tile: int  # entries of the vocabulary in a tile
     streaming_rows: int  # that share one pass over a tile in the streaming strategy without fused kernels
     min_chunk_rows: int  # below this, dW's traffic costs the chunked strategy more than a fourth GEMM
+    max_chunk_rows: int  # above this, a tile of a chunk's logits has left the cache before it is scored
     workspace_mb: float  # the default
     dense_logits: int  # logits that are converted or made contiguous at a time, where logits are given
 
@@ -22,8 +23,23 @@ class Sizes:
 # A tile of logits is scored while it is in a CPU's cache, and its GEMM runs up to 1.5 times faster on such
 # tiles of the head than on the whole of it. A GPU wants large GEMMs; what is made for each tile there (a
 # low-precision gradient, a float32 tile of dW) bounds them. docs/gpu.md has the figures of the GPU.
-CPU = Sizes(tile=1024, streaming_rows=1024, min_chunk_rows=32, workspace_mb=72.0, dense_logits=2**22)
-GPU = Sizes(tile=16384, streaming_rows=8192, min_chunk_rows=1024, workspace_mb=1024.0, dense_logits=2**26)
+CPU = Sizes(
+    tile=1024,
+    streaming_rows=1024,
+    min_chunk_rows=32,
+    max_chunk_rows=512,
+    workspace_mb=72.0,
+    dense_logits=2**22,
+)
+# A tile there is larger than any cache, whatever the rows.
+GPU = Sizes(
+    tile=16384,
+    streaming_rows=8192,
+    min_chunk_rows=1024,
+    max_chunk_rows=2**16,
+    workspace_mb=1024.0,
+    dense_logits=2**26,
+)
 # Rows of a chunk come in whole vectors of the widest instruction set, two at a time.
 ROW_MULTIPLE = 32
 # Entries of a dense target that the fused kernels take at a time: it is converted in pieces.
