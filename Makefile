@@ -37,8 +37,8 @@ lint: $(VENV)/.dev  ## check style and formatting
 	find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 		| xargs -r $(BIN)/clang-format --dry-run -Werror
 
-bench: $(VENV)/.built  ## time a training step's loss on the CPU, beside eager and torch.compile
-	$(BIN)/python benchmarks/cpu_step.py
+bench: $(VENV)/.built $(VENV)/.demo-data $(VENV)/.peers  ## the loss beside its peers: time, memory, error
+	$(BIN)/tightrope bench
 
 build: $(VENV)/.built  ## compile the extension in place
 
@@ -68,6 +68,10 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(CSRC)
 
 $(VENV)/.demo-data: $(VENV)/.torch
 	$(BIN)/pip install --no-deps $(DEMO_DATA)
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.installed
+	TIGHTROPE_BUILD_EXT=0 $(BIN)/pip install --no-build-isolation -e '.[bench]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml

@@ -14,9 +14,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .bench.cases import DTYPES, LOSSES, SCENARIOS, choose
 from .errors import UserError
 
 DEFAULT_MODES = ("precise=0", "balanced=0.1", "creative=0.15")
+BENCH_EXTRA = ("matplotlib", "psutil", "rich")
 TRAIN_EXTRA = ("transformers", "accelerate", "gguf", "matplotlib", "psutil", "rich")
 
 
@@ -123,7 +125,77 @@ def _parser() -> argparse.ArgumentParser:
     ):
         how.add_argument(option, type=parse, default=default, metavar="N", help=f"{text} (%(default)s)")
     train.set_defaults(run=_train)
+    _add_bench(commands)
     return parser
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    sizes = text.split(",")
+    if len(sizes) != 3:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected N,D,V")
+    return tuple(_count(size) for size in sizes)
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="the loss beside its peers: time, memory, error",
+        description="Times a step of the loss, forward and backward, beside the libraries that compute the "
+        "same, with the three matrix products alone as the floor; and measures memory, and the error against "
+        "float64. Without options: five scenarios, shapes from many rows with a small vocabulary to one row "
+        "with a huge one, and how time and memory grow with N and V.",
+        epilog="Written to the output folder: bench.csv, every figure with machine, versions and commit; "
+        "bench.md, the tables; floor.png, against-V.png and against-N.png. Files of these names are "
+        "replaced. benchmarks/README.md says what the columns mean. Ctrl-C leaves what was written.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+    )
+    bench.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="N,D,V",
+        help="measure this shape; repeat for several",
+    )
+    bench.add_argument(
+        "--case", action="append", metavar="NAME", help="of the default cases, only those named so"
+    )
+    bench.add_argument(
+        "--scenario",
+        choices=list(SCENARIOS),
+        action="append",
+        help="what --shape is filled with; repeat for several (pretraining)",
+    )
+    bench.add_argument(
+        "--inputs",
+        choices=["random", "real"],
+        default="random",
+        help="of --shape; real ones are of SmolLM2, D 576, V 49152, N up to 8192 (%(default)s)",
+    )
+    bench.add_argument("--dtype", choices=list(DTYPES), help="(float32; bfloat16 on cuda)")
+    bench.add_argument("--device", choices=["cpu", "cuda"], help="(cuda where there is one)")
+    bench.add_argument(
+        "--loss",
+        choices=list(LOSSES),
+        default=next(iter(LOSSES)),
+        help="(%(default)s)",
+    )
+    bench.add_argument(
+        "--competitor",
+        action="append",
+        metavar="NAME",
+        help="only those with NAME in their name; repeat for several",
+    )
+    bench.add_argument(
+        "--seconds",
+        type=_rate,
+        default=4.0,
+        metavar="S",
+        help="of rounds a competitor, three at least (%(default)s)",
+    )
+    bench.add_argument(
+        "--out", type=Path, metavar="FOLDER", default=Path("bench-results"), help="(%(default)s)"
+    )
+    bench.set_defaults(run=_bench)
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -138,15 +210,37 @@ def _train(args: argparse.Namespace) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise UserError(f"--balance: more than one mode is called {', '.join(repeated)}")
-    missing = [name for name in TRAIN_EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"`train` needs {', '.join(missing)}, not installed here: pip install 'tightrope[train]'"
-        )
+    _need("train", TRAIN_EXTRA)
     from .job import Options, run
 
     options = {k: v for k, v in vars(args).items() if k not in ("command", "run", "balance")}
     run(Options(modes=dict(modes), **options))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    _need("bench", BENCH_EXTRA)
+    from .bench.inputs import cache_file
+    from .bench.runner import Options, run
+
+    cases = choose(
+        device=args.device,
+        dtype=args.dtype,
+        shapes=args.shape,
+        scenarios=args.scenario,
+        inputs=args.inputs,
+        names=args.case,
+    )
+    if any(case.inputs == "real" for case in cases) and not cache_file().is_file():
+        _need("train", TRAIN_EXTRA)  # the model that makes them
+    run(Options(cases, args.loss, args.competitor or [], args.seconds, args.out))
+
+
+def _need(command: str, packages: Sequence[str]) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"`{command}` needs {', '.join(missing)}, not installed here: pip install 'tightrope[{command}]'"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

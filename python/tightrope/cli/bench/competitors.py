@@ -1,0 +1,207 @@
+"""Who competes: how each computes the loss of a step, and why it cannot where it cannot.
+
+A peer without the entropy term is compared on cross-entropy alone; then ours is too, beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import tightrope
+from tightrope import backends
+
+from .cases import Case, Loss
+from .inputs import IGNORE_INDEX, Step
+from .truth import ENTROPY_BONUS, eager_loss
+
+LossOf = Callable[[Step, Loss], Tensor]
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """name; the package whose version is reported; the loss of a step; and where it runs.
+
+    refuses: (case, loss) -> the reason why it cannot run there, or None.
+    entropy: whether it has the entropy term. fixed_memory: whether its first step's memory is that of any
+    step; where it compiles itself in the first, a later one is measured. swept: whether it is in the cases
+    that vary N and V, which show how time grows.
+    """
+
+    name: str
+    package: str
+    loss: LossOf
+    refuses: Callable[[Case, Loss], str | None]
+    entropy: bool = True
+    fixed_memory: bool = True
+    swept: bool = False
+
+    def loss_compared(self, loss: Loss) -> Loss:
+        """The loss that it is compared on."""
+        return loss if self.entropy else Loss("cross-entropy", "cross_entropy", 0.0)
+
+    def version(self) -> str:
+        return importlib.metadata.version(self.package)
+
+
+def ours(step: Step, loss: Loss, backend: str | None = None, strategy: str | None = None) -> Tensor:
+    if step.advantage is not None:
+        stats = tightrope.linear_vocab_stats(step.hidden, step.weight, step.target, backend=backend)
+        bonus = ENTROPY_BONUS * (loss.balance > 0)
+        return -(step.advantage * stats.target_log_prob + bonus * stats.entropy).sum() / step.normalizer
+    target = step.target if step.probs is None else tightrope.TopKTarget(step.target, step.probs)
+    return tightrope.linear_reality_creativity_loss(
+        step.hidden,
+        step.weight,
+        target,
+        balance=loss.balance,
+        reality=loss.reality,
+        backend=backend,
+        strategy=strategy,
+    )
+
+
+def _ours(backend: str, devices: list[str], available: bool, strategy: str) -> Competitor:
+    def refuses(case: Case, loss: Loss) -> str | None:
+        if "any" not in devices and case.device not in devices:
+            return f"the {backend} backend serves {' and '.join(devices)}"
+        if not available:
+            return f"the {backend} backend is not available here (see `tightrope info`)"
+        if case.scenario == "rl" and strategy == "chunked":
+            return "upstream gradients of each token are known only in the backward pass: streaming"
+        return None
+
+    return Competitor(
+        f"tightrope {strategy} [{backend}]",
+        "tightrope",
+        lambda step, loss: ours(step, loss, backend, strategy if step.advantage is None else None),
+        refuses,
+        swept=backend != "eager",
+    )
+
+
+@functools.cache
+def _compile(function: LossOf) -> LossOf:
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def _compiled(step: Step, loss: Loss) -> Tensor:
+    return _compile(eager_loss)(step, loss)
+
+
+def _eager_refuses(case: Case, loss: Loss) -> str | None:
+    """The logits and what is made of them must fit; the floor needs one copy of them."""
+    need = 6 * case.rows * case.vocab * 4
+    free = _free_memory(case.device)
+    if need > free / 2:
+        return f"its logits take {need / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free"
+    return None
+
+
+def _free_memory(device: str) -> int:
+    if device != "cpu":
+        return torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def _chunked_torch(step: Step, loss: Loss) -> Tensor:
+    return torch.nn.functional.linear_cross_entropy(
+        step.hidden, step.weight, step.target, options=torch.nn.LinearCrossEntropyOptions()
+    )
+
+
+def _cce(step: Step, loss: Loss) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    kind = "torch_compile" if step.hidden.device.type == "cpu" else "cce"
+    per_token = step.advantage is not None
+    value = linear_cross_entropy(
+        step.hidden, step.weight, step.target, impl=kind, reduction="none" if per_token else "mean"
+    )
+    return (step.advantage * value).sum() / step.normalizer if per_token else value
+
+
+def _liger(step: Step, loss: Loss) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(step.weight, step.hidden, step.target)
+
+
+def _liger_scaled(step: Step, loss: Loss) -> Tensor:
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(
+        step.hidden, step.weight, step.target, 1.0, IGNORE_INDEX, 1, True
+    )
+    if step.advantage is not None:
+        rows = step.advantage * nll - ENTROPY_BONUS * (loss.balance > 0) * entropy
+    else:
+        rows = (1 - loss.balance) * nll - loss.balance * entropy
+    return rows.sum() / step.normalizer
+
+
+def _quack(step: Step, loss: Loss) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(step.hidden, step.weight, step.target, ignore_index=IGNORE_INDEX)
+
+
+def _peer(
+    name: str,
+    package: str,
+    module: str,
+    loss: LossOf,
+    *,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
+    entropy: bool = False,
+    per_token: bool = False,
+    fixed_memory: bool = True,
+) -> Competitor:
+    def refuses(case: Case, loss: Loss) -> str | None:
+        if case.device not in devices:
+            return f"runs on {' and '.join(devices)}"
+        if importlib.util.find_spec(module.split(".")[0]) is None:
+            return f"{package} is not installed"
+        if loss.reality != "cross_entropy":
+            return "no squared error"
+        if case.scenario == "distillation":
+            return "no top-k targets"
+        if case.scenario == "rl" and not per_token:
+            return "no loss for each token"
+        return None
+
+    return Competitor(name, package, loss, refuses, entropy, fixed_memory)
+
+
+def all_competitors() -> list[Competitor]:
+    """Ours on every backend, then the peers."""
+    mine = [
+        _ours(row["backend"], row["devices"], row["available"], strategy)
+        for row in backends.describe()
+        for strategy in ("chunked", "streaming")
+    ]
+    return [
+        *mine,
+        Competitor("eager PyTorch", "torch", eager_loss, _eager_refuses, swept=True),
+        Competitor("torch.compile", "torch", _compiled, _eager_refuses, fixed_memory=False, swept=True),
+        _peer("F.linear_cross_entropy", "torch", "torch", _chunked_torch),
+        _peer(
+            "cut-cross-entropy",
+            "cut-cross-entropy",
+            "cut_cross_entropy",
+            _cce,
+            per_token=True,
+            fixed_memory=False,
+        ),
+        _peer("Liger scaled", "liger-kernel", "liger_kernel", _liger_scaled, entropy=True, per_token=True),
+        _peer("Liger", "liger-kernel", "liger_kernel", _liger, devices=("cuda",)),
+        _peer("QuACK", "quack-kernels", "quack", _quack, devices=("cuda",)),
+    ]

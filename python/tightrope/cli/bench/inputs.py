@@ -1,0 +1,116 @@
+"""The tensors of a step: random ones, or hidden states, head and next tokens of SmolLM2 on real text.
+
+Random hidden states meet a random head in flat distributions. A trained model's are peaked, tokens repeat,
+and logits have offsets: what a loss meets in use. The real ones are computed once and kept outside the
+repository.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cases import DTYPES, IGNORED_SHARE, REAL_ROWS, TEACHER_ENTRIES, Case
+
+IGNORE_INDEX = -100
+WINDOW = 256
+TEACHER_TEMPERATURE = 2.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """hidden [N, D] and weight [V, D], leaves that require grad as the scenario says, and what is scored.
+
+    target: [N] int64 with -100 where ignored, or with `probs` the entries [N, K] of a teacher's top K.
+    advantage: [N], the upstream gradient of each token's log-probability (reinforcement learning).
+    normalizer: the rows that count, which the mean divides by.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    probs: Tensor | None
+    advantage: Tensor | None
+    normalizer: int
+
+    def rows(self, start: int, stop: int) -> Step:
+        def cut(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[start:stop]
+
+        return replace(
+            self,
+            hidden=cut(self.hidden),
+            target=cut(self.target),
+            probs=cut(self.probs),
+            advantage=cut(self.advantage),
+        )
+
+    def forget_gradients(self) -> None:
+        self.hidden.grad = self.weight.grad = None
+
+
+def make_step(case: Case) -> Step:
+    """The tensors of a case, the same each time, on its device and in its dtype."""
+    generator = torch.Generator().manual_seed(0)
+    if case.inputs == "real":
+        hidden, weight, target = _real(case)
+    else:
+        hidden = torch.randn(case.rows, case.dim, generator=generator)
+        weight = torch.randn(case.vocab, case.dim, generator=generator).mul_(case.dim**-0.5)
+        target = torch.randint(case.vocab, (case.rows,), generator=generator)
+    probs = advantage = None
+    if case.scenario == "sft":
+        target = target.masked_fill(torch.rand(case.rows, generator=generator) < IGNORED_SHARE, IGNORE_INDEX)
+    elif case.scenario == "distillation":
+        entries = min(TEACHER_ENTRIES, case.vocab)
+        teacher = torch.softmax(hidden @ weight.T / TEACHER_TEMPERATURE, -1).topk(entries)
+        target, probs = teacher.indices, teacher.values / teacher.values.sum(-1, keepdim=True)
+    elif case.scenario == "rl":
+        advantage = torch.randn(case.rows, generator=generator).to(case.device)
+    dtype = DTYPES[case.dtype]
+    return Step(
+        hidden.to(case.device, dtype).requires_grad_(),
+        weight.to(case.device, dtype).requires_grad_(case.scenario != "lora"),
+        target.to(case.device),
+        None if probs is None else probs.to(case.device),
+        advantage,
+        max(1, case.rows if probs is not None else int((target != IGNORE_INDEX).sum())),
+    )
+
+
+def _real(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    stored = torch.load(real_inputs())
+    return stored["hidden"][: case.rows].clone(), stored["weight"], stored["target"][: case.rows].clone()
+
+
+def cache_file() -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "tightrope" / f"smollm2-{REAL_ROWS}.pt"
+
+
+@torch.no_grad()
+def real_inputs() -> Path:
+    """The file of hidden [8192, 576], weight [49152, 576], target [8192], made now where it is missing."""
+    path = cache_file()
+    if path.is_file():
+        return path
+    from .. import data, model
+
+    network, tokenizer = model.load(None)
+    tokens = tokenizer(data.read_text(None), add_special_tokens=False, verbose=False)["input_ids"]
+    windows = torch.tensor(tokens[: REAL_ROWS // WINDOW * (WINDOW + 1)]).view(-1, WINDOW + 1)
+    hidden = [network.base_model(batch[:, :-1], use_cache=False)[0] for batch in windows.split(4)]
+    stored = {
+        "hidden": torch.cat(hidden).flatten(0, 1).contiguous(),
+        "weight": network.get_output_embeddings().weight.detach().clone(),
+        "target": windows[:, 1:].flatten().contiguous(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")  # a run that is cut short leaves no broken file
+    torch.save(stored, partial)
+    partial.replace(path)
+    return path

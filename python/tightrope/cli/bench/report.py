@@ -1,0 +1,198 @@
+"""What a run of the bench leaves behind: a CSV of every figure, tables, and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from ..errors import UserError
+from ..report import markdown_table, rich_table
+
+COLUMNS = [
+    "group",
+    "name",
+    "scenario",
+    "rows",
+    "dim",
+    "vocab",
+    "dtype",
+    "device",
+    "inputs",
+    "loss",
+    "competitor",
+    "ms",
+    "spread",
+    "gemms_ms",
+    "x_gemms",
+    "x_ours",
+    "memory_mb",
+    "loss_error",
+    "hidden_grad_error",
+    "weight_grad_error",
+    "rounds",
+    "skipped",
+    "date",
+    "machine",
+    "gpu",
+    "threads",
+    "python",
+    "versions",
+    "commit",
+]
+PICTURES = {"floor.png": None, "against-V.png": "vocab", "against-N.png": "rows"}
+FILES = ("bench.csv", "bench.md", *PICTURES)
+HEADER = ["", "ms", "spread", "x GEMMs", "x ours", "MB", "loss error", "dh error", "dW error"]
+
+
+def open_folder(folder: Path) -> None:
+    """Makes the output folder, and removes what an earlier run left there: no mix of two runs."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
+
+
+def write(folder: Path, rows: Sequence[dict], machine: dict[str, str]) -> list[Table]:
+    """Writes bench.md and the pictures, and returns the tables to print."""
+    tables = {title: _lines(part) for title, part in _by_case(rows).items()}
+    where = "; ".join(f"{key}: {value}" for key, value in machine.items() if value)
+    text = f"# The loss beside its peers\n\n{where}\n"
+    for title, lines in tables.items():
+        text += f"\n## {title}\n\n{markdown_table(lines)}\n"
+    skipped = _skipped(rows)
+    if skipped:
+        text += "\n## Not run\n\n" + "\n".join(f"- {line}" for line in skipped) + "\n"
+    (folder / "bench.md").write_text(text, encoding="utf-8")
+    _draw_floor(folder / "floor.png", rows)
+    for name, axis in PICTURES.items():
+        if axis:
+            _draw_sweep(folder / name, rows, axis)
+    return [rich_table(lines, title) for title, lines in tables.items()]
+
+
+def _ran(rows: Sequence[dict]) -> list[dict]:
+    return [row for row in rows if not row["skipped"]]
+
+
+def _by_case(rows: Sequence[dict]) -> dict[str, list[dict]]:
+    """Lines of the competitors that ran, under a title for each case."""
+    cases: dict[str, list[dict]] = {}
+    for row in _ran(rows):
+        shape = f"N {row['rows']}, D {row['dim']}, V {row['vocab']}"
+        title = f"{row['name']}: {shape}, " if row["name"] else f"{shape}, "
+        title += f"{row['dtype']} on {row['device']}, {row['scenario']}, {row['inputs']} inputs"
+        cases.setdefault(title, []).append(row)
+    return cases
+
+
+def _lines(rows: Sequence[dict]) -> list[list[str]]:
+    """Header and lines of a case's table: the floor, then the competitors, the fastest first on each loss."""
+    floor = min(row["gemms_ms"] for row in rows)
+    lines = [HEADER, ["three bare GEMMs", f"{floor:.4g}", "", "1.00", "", "", "", "", ""]]
+    losses = list(dict.fromkeys(row["loss"] for row in rows))
+    for row in sorted(rows, key=lambda row: (losses.index(row["loss"]), row["x_ours"])):
+        only = "" if row["loss"] == losses[0] else f" ({row['loss']} alone)"
+        lines.append(
+            [
+                row["competitor"] + only,
+                f"{row['ms']:.4g}",
+                f"{row['spread']:.0%}",
+                f"{row['x_gemms']:.2f}",
+                f"{row['x_ours']:.2f}",
+                f"{row['memory_mb']:.0f}",
+                *(
+                    "" if row[key] is None else f"{row[key]:.0e}"
+                    for key in ("loss_error", "hidden_grad_error", "weight_grad_error")
+                ),
+            ]
+        )
+    return lines
+
+
+def _skipped(rows: Sequence[dict]) -> list[str]:
+    """Who did not run, why and where; sweeps are not worth a line each."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["skipped"] and not row["group"].startswith("against"):
+            where = row["name"] or f"N {row['rows']}, D {row['dim']}, V {row['vocab']}"
+            reasons.setdefault((row["competitor"], row["skipped"]), []).append(where)
+    everywhere = len({(r["group"], r["name"]) for r in rows if not r["group"].startswith("against")})
+    return [
+        f"{competitor}: {reason}" + ("" if len(cases) == everywhere else f" ({', '.join(cases)})")
+        for (competitor, reason), cases in reasons.items()
+    ]
+
+
+def _draw_floor(path: Path, rows: Sequence[dict]) -> None:
+    """Time as a multiple of the three bare GEMMs: one group of bars a case."""
+    rows = [row for row in _ran(rows) if not row["group"].startswith("against")]
+    cases = list(
+        dict.fromkeys(row["name"] or f"{row['rows']} x {row['dim']} x {row['vocab']}" for row in rows)
+    )
+    names = list(dict.fromkeys(row["competitor"] for row in rows))
+    figure = Figure(figsize=(max(7, 1.3 * len(cases) + 3), 5), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / max(len(names), 1)
+    for index, name in enumerate(names):
+        points = {
+            row["name"] or f"{row['rows']} x {row['dim']} x {row['vocab']}": row["x_gemms"]
+            for row in rows
+            if row["competitor"] == name
+        }
+        places = [cases.index(case) + (index - len(names) / 2 + 0.5) * width for case in points]
+        axes.bar(places, list(points.values()), width, label=name, color=_colour(index))
+    axes.axhline(1, color="black", linewidth=1, linestyle="--", label="three bare GEMMs")
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
+    axes.set_ylabel("time, as a multiple of the three bare GEMMs")
+    axes.grid(axis="y", which="both", alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_sweep(path: Path, rows: Sequence[dict], axis: str) -> None:
+    """Time, memory and the multiple of the floor against one size, the others fixed."""
+    group = {"vocab": "against V", "rows": "against N"}[axis]
+    rows = [row for row in _ran(rows) if row["group"] == group]
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    names = list(dict.fromkeys(row["competitor"] for row in rows))
+    for column, label, panel in (
+        ("ms", "time, ms", panels[0]),
+        ("memory_mb", "memory beyond the gradients, MB", panels[1]),
+        ("x_gemms", "time, as a multiple of the three bare GEMMs", panels[2]),
+    ):
+        for index, name in enumerate(names):
+            points = sorted((row[axis], row[column]) for row in rows if row["competitor"] == name)
+            # A logarithm of no memory at all does not exist: below a megabyte nothing can be measured.
+            panel.plot(
+                [x for x, _ in points],
+                [max(y, 1) if column == "memory_mb" else y for _, y in points],
+                "o-",
+                label=name,
+                color=_colour(index),
+            )
+        if column == "ms" and rows:
+            floor = {row[axis]: row["gemms_ms"] for row in rows}
+            panel.plot(sorted(floor), [floor[x] for x in sorted(floor)], "k--", label="three bare GEMMs")
+        panel.set_xscale("log", base=2)
+        if column != "x_gemms":
+            panel.set_yscale("log")
+        panel.set_xlabel({"vocab": "V", "rows": "N"}[axis])
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    if rows:
+        panels[0].legend(fontsize="small")
+        fixed = {"vocab": "rows", "rows": "vocab"}[axis]
+        letter = {"rows": "N", "vocab": "V"}[fixed]
+        figure.suptitle(f"{letter} {rows[0][fixed]}, D {rows[0]['dim']}, {rows[0]['dtype']}")
+    figure.savefig(path, dpi=120)
+
+
+def _colour(index: int) -> str:
+    return f"C{index % 10}"

@@ -1,0 +1,263 @@
+"""`tightrope bench`: its arithmetic, its truth, its memory probe, and a whole run on tiny shapes."""
+
+import csv
+
+import pytest
+import torch
+
+import tightrope
+from tightrope import reference
+from tightrope.cli import main
+
+for package in ("matplotlib", "psutil", "rich"):
+    pytest.importorskip(package)
+from tightrope.cli.bench import cases, competitors, figures, inputs, measure, truth
+
+TINY = cases.Case("tiny", 24, 16, 130)
+LOSSES = list(cases.LOSSES.values())
+
+
+def competitor(name):
+    return next(c for c in competitors.all_competitors() if c.name == name)
+
+
+# Arithmetic
+
+
+def test_the_median_of_ratios_cancels_what_both_saw():
+    base = [1.0, 3.0, 2.0, 10.0, 1.0]  # a machine that is slower at times
+    assert figures.ratio([0.5 * x for x in base], base) == 0.5
+    assert figures.ratio([2.0, 3.0, 8.0], [1.0, 1.0, 2.0]) == 3.0
+    with pytest.raises(ValueError, match="got 2 and 1 rounds"):
+        figures.ratio([1.0, 2.0], [1.0])
+
+
+def test_spread_is_relative_to_the_median():
+    assert figures.spread([2.0, 1.0, 4.0]) == 1.5
+    assert figures.spread([3.0]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "budget", "rounds"),
+    [(1.0, 4.5, 4), (8.0, 4.0, 3), (9.0, 4.0, 1), (0.001, 4.0, 15), (0.0, 4.0, 15)],
+)
+def test_rounds_fill_the_budget(seconds, budget, rounds):
+    assert figures.rounds_for(seconds, budget) == rounds
+
+
+def test_summary_has_milliseconds_and_both_ratios():
+    found = figures.summary(
+        {"gemms": [1.0, 2.0, 1.0], "ours": [0.5, 1.0, 0.5], "competitor": [2.0, 4.0, 3.0]}
+    )
+    assert found == {
+        "ms": 3000.0,
+        "spread": 2 / 3,
+        "gemms_ms": 1000.0,
+        "x_gemms": 2.0,
+        "x_ours": 4.0,
+        "rounds": 3,
+    }
+
+
+def test_works_take_turns_and_none_always_follows_another():
+    step, calls = inputs.make_step(TINY), []
+    works = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = measure.take_turns(works, step, budget=4.0)
+    assert {name: len(samples) for name, samples in seconds.items()} == {"a": 15, "b": 15, "c": 15}
+    rounds = ["".join(calls[i : i + 3]) for i in range(3, len(calls), 3)]  # after the warm-up
+    assert rounds == ["abc", "bca", "cab"] * 5
+
+
+def test_gradients_are_dropped_before_each_step():
+    step = inputs.make_step(TINY)
+    loss = LOSSES[0]
+    once = inputs.make_step(TINY)
+    measure.step_of(competitors.ours, once, loss)
+    measure.take_turns({"ours": lambda: measure.step_of(competitors.ours, step, loss)}, step, 0.0)
+    assert torch.equal(step.weight.grad, once.weight.grad)
+
+
+# Memory
+
+
+def test_memory_is_what_a_step_takes_beyond_its_gradients():
+    """A competitor that holds a known number of bytes while it works; its gradients are not counted."""
+    case = cases.Case("memory", 64, 256, 40_000)  # gradients of 41 MB
+    held = 200_000_000
+
+    def greedy(step, loss):
+        if step.weight.shape[0] == case.vocab:
+            torch.ones(held // 4)
+        return (step.hidden.sum() + step.weight.sum()) * 1.0
+
+    rival = competitors.Competitor("greedy", "torch", greedy, lambda case, loss: None)
+    found, _ = measure.first_step(inputs.make_step(case), rival, LOSSES[0], case)
+    # The block is gone before the gradients come, so up to their size of it is counted as theirs.
+    assert held - case.gradient_bytes - 5e6 < found < held + 20e6
+
+
+def test_memory_of_a_step_that_holds_nothing_is_small():
+    case = cases.Case("memory", 64, 256, 40_000)
+    rival = competitors.Competitor(
+        "frugal", "torch", lambda step, loss: step.hidden.sum() + step.weight.sum(), lambda case, loss: None
+    )
+    assert measure.first_step(inputs.make_step(case), rival, LOSSES[0], case)[0] < 20e6
+
+
+# Truth
+
+
+@pytest.mark.parametrize("scenario", cases.SCENARIOS)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_the_truth_is_the_reference(scenario, loss, tmp_path):
+    case = cases.Case("", 24, 16, 130, scenario=scenario)
+    step = inputs.make_step(case)
+    truth.write_truth(step, loss, tmp_path / "truth.pt")
+    found = torch.load(tmp_path / "truth.pt")
+    hidden, weight = (t.detach().double().requires_grad_() for t in (step.hidden, step.weight))
+    target = step.target if step.probs is None else tightrope.TopKTarget(step.target, step.probs.double())
+    if scenario == "rl":
+        b, _ = reference.dense_target(target, case.vocab, dtype=torch.float64)
+        stats = reference.row_stats(reference.logits(hidden, weight), b)
+        bonus = truth.ENTROPY_BONUS * (loss.balance > 0)
+        exact = -(step.advantage * stats.target_log_prob + bonus * stats.entropy).mean()
+    else:
+        exact = reference.linear_reality_creativity_loss(
+            hidden, weight, target, balance=loss.balance, reality=loss.reality
+        )
+    exact.backward()
+    assert found["loss"] == pytest.approx(exact.item(), rel=1e-12)
+    torch.testing.assert_close(found["hidden"], hidden.grad, rtol=1e-10, atol=1e-15)
+    if scenario == "lora":
+        assert "weight" not in found
+    else:
+        torch.testing.assert_close(found["weight"], weight.grad[found["kept"]], rtol=1e-10, atol=1e-15)
+
+
+def test_the_truth_goes_by_blocks_of_rows(tmp_path, monkeypatch):
+    step = inputs.make_step(TINY)
+    truth.write_truth(step, LOSSES[0], tmp_path / "whole.pt")
+    monkeypatch.setattr(truth, "LOGITS_AT_A_TIME", 7 * TINY.vocab)
+    truth.write_truth(step, LOSSES[0], tmp_path / "blocks.pt")
+    whole, blocks = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "blocks.pt")
+    torch.testing.assert_close(whole, blocks, rtol=1e-12, atol=1e-16)
+
+
+def test_errors_are_relative_and_see_a_wrong_gradient(tmp_path):
+    step = inputs.make_step(TINY)
+    truth.write_truth(step, LOSSES[0], tmp_path / "truth.pt")
+    exact = torch.load(tmp_path / "truth.pt")
+    value = measure.step_of(competitors.ours, step, LOSSES[0])
+    assert all(error < 1e-5 for error in truth.errors(value, step, exact).values())
+    step.hidden.grad *= 1.01
+    step.weight.grad *= 0.98
+    found = truth.errors(value * 1.1, step, exact)
+    assert list(found.values()) == pytest.approx([0.1, 0.01, 0.02], rel=1e-3)
+
+
+# A whole run
+
+
+def read_csv(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_whole_run(capsys, tmp_path):
+    """Every competitor that runs here computes the same loss in the same scenario; the others say why not."""
+    scenarios = ("sft", "distillation", "rl")
+    arguments = ["bench", "--shape", "24,16,130", "--out", str(tmp_path), "--seconds", "0.01"]
+    for scenario in scenarios:
+        arguments += ["--scenario", scenario]
+    for name in ("tightrope", "eager", "QuACK", "F.linear"):
+        arguments += ["--competitor", name]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    rows = read_csv(tmp_path / "bench.csv")
+    ran = [row for row in rows if not row["skipped"]]
+    for scenario in scenarios:
+        names = {row["competitor"] for row in ran if row["scenario"] == scenario}
+        assert "eager PyTorch" in names and "tightrope streaming [eager]" in names
+        assert ("tightrope chunked [eager]" in names) == (scenario != "rl")
+        assert ("F.linear_cross_entropy" in names) == (scenario == "sft")
+        assert scenario in printed
+    for row in ran:
+        assert float(row["ms"]) > 0 and float(row["x_gemms"]) > 0 and float(row["memory_mb"]) >= 0
+        for column in ("loss_error", "hidden_grad_error", "weight_grad_error"):
+            assert 0 <= float(row[column]) < 1e-5
+        assert row["loss"] == ("cross-entropy" if "F.linear" in row["competitor"] else LOSSES[0].name)
+        assert row["versions"] and row["machine"] and row["date"]
+    quack = [row["skipped"] for row in rows if row["competitor"] == "QuACK"]
+    assert len(quack) == len(scenarios) and all("cuda" in reason for reason in quack)
+    for picture in ("floor.png", "against-V.png", "against-N.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "bench.md").read_text()
+    assert "three bare GEMMs" in text and "QuACK: runs on cuda" in text
+
+
+def test_a_competitor_that_fails_says_so_and_the_others_go_on(tmp_path, monkeypatch):
+    from tightrope.cli.bench import runner
+
+    def child(request):
+        if request["competitor"] == "eager PyTorch":
+            raise runner.Failed("RuntimeError: no memory")
+        return {}
+
+    monkeypatch.setattr(runner, "_child", child)
+    chosen = [competitor("eager PyTorch"), competitor("F.linear_cross_entropy")]
+    rows = dict(runner._measured(TINY, LOSSES[0], chosen, 1.0, tmp_path))
+    assert rows["eager PyTorch"]["skipped"] == "failed: RuntimeError: no memory"
+    assert rows["F.linear_cross_entropy"]["skipped"] == ""
+
+
+def test_eager_is_skipped_where_its_logits_do_not_fit():
+    reason = competitor("eager PyTorch").refuses(cases.Case("", 10**6, 64, 10**6), LOSSES[0])
+    assert "24000 GB" in reason
+
+
+def test_default_cases_are_those_that_the_documentation_names():
+    chosen = cases.default_cases("cpu", "float32")
+    assert {case.scenario for case in chosen} == set(cases.SCENARIOS)
+    shapes = [case for case in chosen if case.group == "shapes"]
+    assert (1024, 768, 50257) in [(c.rows, c.dim, c.vocab) for c in shapes]
+    assert any(c.rows == 1 and c.vocab > 150_000 for c in shapes)
+    for axis, group in (("vocab", "against V"), ("rows", "against N")):
+        sizes = [getattr(case, axis) for case in chosen if case.group == group]
+        assert sizes == sorted(sizes) and sizes[-1] == 64 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shape", "8,8"], ["--shape", "N,D,V"]),
+        (["--shape", "8,0,8"], ["--shape", "'0'", "whole number"]),
+        (["--shape", "8,8,8", "--inputs", "real"], ["--shape", "8,8,8", "576,49152"]),
+        (["--shape", "9000,576,49152", "--inputs", "real"], ["--shape", "8192"]),
+        (["--case", "nonsense"], ["--case", "nonsense", "gpt2"]),
+        (["--case", "gpt2", "--shape", "8,8,8"], ["--case", "--shape"]),
+        (["--scenario", "rl"], ["--scenario", "--shape"]),
+        (["--shape", "8,8,8", "--competitor", "nonsense"], ["--competitor", "nonsense", "QuACK"]),
+        (["--loss", "nonsense"], ["--loss", "nonsense"]),
+        (["--seconds", "0"], ["--seconds", "positive"]),
+        pytest.param(
+            ["--device", "cuda"],
+            ["--device", "cuda"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_bad_arguments_are_one_line(capsys, tmp_path, arguments, words):
+    try:
+        code = main(["bench", *arguments, "--out", str(tmp_path / "out")])
+    except SystemExit as end:
+        code = end.code
+    err = capsys.readouterr().err
+    assert code == 2 and err.count("\n") == 1, err
+    assert all(word in err for word in words), err
+
+
+def test_an_output_folder_that_cannot_be_is_one_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = ["bench", "--shape", "8,8,8", "--out", str(tmp_path / "file")]
+    assert main(arguments) == 2
+    assert "--out" in capsys.readouterr().err
