@@ -62,7 +62,7 @@ def test_summary_has_milliseconds_and_both_ratios():
 def test_works_take_turns_and_none_always_follows_another():
     step, calls = inputs.make_step(TINY), []
     works = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds = measure.take_turns(works, step, budget=4.0)
+    seconds = measure.take_turns(works, step, {}, budget=4.0)
     assert {name: len(samples) for name, samples in seconds.items()} == {"a": 15, "b": 15, "c": 15}
     rounds = ["".join(calls[i : i + 3]) for i in range(3, len(calls), 3)]  # after the warm-up
     assert rounds == ["abc", "bca", "cab"] * 5
@@ -73,7 +73,7 @@ def test_gradients_are_dropped_before_each_step():
     loss = LOSSES[0]
     once = inputs.make_step(TINY)
     measure.step_of(competitors.ours, once, loss)
-    measure.take_turns({"ours": lambda: measure.step_of(competitors.ours, step, loss)}, step, 0.0)
+    measure.take_turns({"ours": lambda: measure.step_of(competitors.ours, step, loss)}, step, {}, 0.0)
     assert torch.equal(step.weight.grad, once.weight.grad)
 
 
@@ -91,7 +91,7 @@ def test_memory_is_what_a_step_takes_beyond_its_gradients():
         return (step.hidden.sum() + step.weight.sum()) * 1.0
 
     rival = competitors.Competitor("greedy", "torch", greedy, lambda case, loss: None)
-    found, _ = measure.first_step(inputs.make_step(case), rival, LOSSES[0], case)
+    found, _, _ = measure.first_step(inputs.make_step(case), rival, LOSSES[0], case)
     # The block is gone before the gradients come, so up to their size of it is counted as theirs.
     assert held - case.gradient_bytes - 5e6 < found < held + 20e6
 

@@ -22,6 +22,7 @@ from .inputs import IGNORE_INDEX, Step
 from .truth import ENTROPY_BONUS, eager_loss
 
 LossOf = Callable[[Step, Loss], Tensor]
+EVERYWHERE = ("shapes", "scenarios", "against V", "against N")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Competitor:
 
     refuses: (case, loss) -> the reason why it cannot run there, or None.
     entropy: whether it has the entropy term. fixed_memory: whether its first step's memory is that of any
-    step; where it compiles itself in the first, a later one is measured. swept: whether it is in the cases
-    that vary N and V, which show how time grows.
+    step; where it compiles itself in the first, a later one is measured. groups: the groups of cases that it
+    takes part in; each case costs a process.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Competitor:
     refuses: Callable[[Case, Loss], str | None]
     entropy: bool = True
     fixed_memory: bool = True
-    swept: bool = False
+    groups: tuple[str, ...] = ("shapes", "scenarios")
 
     def loss_compared(self, loss: Loss) -> Loss:
         """The loss that it is compared on."""
@@ -82,7 +83,7 @@ def _ours(backend: str, devices: list[str], available: bool, strategy: str) -> C
         "tightrope",
         lambda step, loss: ours(step, loss, backend, strategy if step.advantage is None else None),
         refuses,
-        swept=backend != "eager",
+        groups=EVERYWHERE if backend != "eager" else ("shapes",),
     )
 
 
@@ -190,8 +191,10 @@ def all_competitors() -> list[Competitor]:
     ]
     return [
         *mine,
-        Competitor("eager PyTorch", "torch", eager_loss, _eager_refuses, swept=True),
-        Competitor("torch.compile", "torch", _compiled, _eager_refuses, fixed_memory=False, swept=True),
+        Competitor("eager PyTorch", "torch", eager_loss, _eager_refuses, groups=EVERYWHERE),
+        Competitor(
+            "torch.compile", "torch", _compiled, _eager_refuses, fixed_memory=False, groups=EVERYWHERE
+        ),
         _peer("F.linear_cross_entropy", "torch", "torch", _chunked_torch),
         _peer(
             "cut-cross-entropy",

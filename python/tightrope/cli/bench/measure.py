@@ -51,13 +51,16 @@ def floor_step(step: Step) -> Step:
     return replace(step, hidden=step.hidden.detach().float(), weight=step.weight.detach().float())
 
 
-def first_step(step: Step, competitor: Competitor, loss: Loss, case: Case) -> tuple[int, torch.Tensor]:
-    """Peak bytes of a step beyond inputs and the gradients that it returns and leaves; and its loss."""
-    values: list[torch.Tensor] = []
+def first_step(step: Step, competitor: Competitor, loss: Loss, case: Case) -> tuple[int, float, torch.Tensor]:
+    """Peak bytes of a step beyond inputs and the gradients that it returns and leaves; seconds; its loss."""
+    seconds, value = 0.0, None
 
     def work() -> None:
+        nonlocal seconds, value
         step.forget_gradients()
-        values.append(step_of(competitor.loss, step, loss))
+        begin = time.perf_counter()
+        value = step_of(competitor.loss, step, loss)
+        seconds = time.perf_counter() - begin
 
     if case.device != "cpu":
         work()
@@ -67,7 +70,7 @@ def first_step(step: Step, competitor: Competitor, loss: Loss, case: Case) -> tu
         before = torch.cuda.memory_allocated()
         work()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before - case.gradient_bytes, values[-1]
+        return torch.cuda.max_memory_allocated() - before - case.gradient_bytes, seconds, value
     if competitor.fixed_memory:
         # Loads code and starts threads; on so few entries that no buffer of any size is left behind.
         small = make_step(replace(case, rows=8, vocab=64, inputs="random"))
@@ -77,7 +80,8 @@ def first_step(step: Step, competitor: Competitor, loss: Loss, case: Case) -> tu
         step.forget_gradients()
     gc.collect()
     _give_back_free_memory()
-    return max(0, peak_bytes(work) - case.gradient_bytes), values[-1]
+    peak = peak_bytes(work)
+    return max(0, peak - case.gradient_bytes), seconds, value
 
 
 def _give_back_free_memory() -> None:
@@ -87,8 +91,13 @@ def _give_back_free_memory() -> None:
         trim(0)
 
 
-def take_turns(works: dict[str, Work], step: Step, budget: float) -> dict[str, list[float]]:
-    """Seconds of each work in each round; the order turns round, so that none always follows another."""
+def take_turns(
+    works: dict[str, Work], step: Step, warm: dict[str, float], budget: float
+) -> dict[str, list[float]]:
+    """Seconds of each work in each round; the order turns round, so that none always follows another.
+
+    warm: seconds of those that ran in full before; the others do so first.
+    """
     device = step.hidden.device
 
     def timed(work: Work) -> float:
@@ -101,10 +110,10 @@ def take_turns(works: dict[str, Work], step: Step, budget: float) -> dict[str, l
             torch.cuda.synchronize(device)
         return time.perf_counter() - begin
 
-    warm = sum(timed(work) for work in works.values())
+    first = sum(warm[name] if name in warm else timed(work) for name, work in works.items())
     seconds: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
-    for _ in range(rounds_for(warm, budget)):
+    for _ in range(rounds_for(first, budget)):
         for name in names:
             seconds[name].append(timed(works[name]))
         names.append(names.pop(0))
@@ -115,19 +124,20 @@ def measure(competitor: Competitor, case: Case, loss: Loss, truth: Path, budget:
     """The figures of one competitor at one case."""
     loss = competitor.loss_compared(loss)
     step = make_step(case)
-    memory, value = first_step(step, competitor, loss, case)
+    memory, seconds, value = first_step(step, competitor, loss, case)
     error = errors(value, step, torch.load(truth))
     floor = floor_step(step)
-    seconds = take_turns(
+    turns = take_turns(
         {
             "gemms": lambda: three_gemms(floor),
             "ours": lambda: step_of(ours, step, loss),
             "competitor": lambda: step_of(competitor.loss, step, loss),
         },
         step,
+        {"competitor": seconds},
         budget,
     )
-    return {"loss": loss.name, "memory_mb": memory / 1e6, **error, **summary(seconds)}
+    return {"loss": loss.name, "memory_mb": memory / 1e6, **error, **summary(turns)}
 
 
 def main() -> None:

@@ -61,7 +61,9 @@ def run(options: Options) -> None:
         _progress(console) as progress,
     ):
         machine = describe(competitors)
-        task = progress.add_task("", total=len(options.cases) * len(competitors))
+        task = progress.add_task(
+            "", total=sum(case.group in c.groups for case in options.cases for c in competitors)
+        )
         for case in options.cases:
             for competitor, row in _measured(case, loss, competitors, options.budget, Path(scratch)):
                 progress.update(task, description=f"{case.name or case.shape}: {competitor}", advance=1)
@@ -87,9 +89,11 @@ def _measured(
     """(name of the competitor, its line) at a case; a line has figures or the reason why there are none."""
     truths: dict[str, Path] = {}
     for competitor in competitors:
+        if case.group not in competitor.groups:
+            continue
         compared = competitor.loss_compared(loss)
         row = {**asdict(case), "competitor": competitor.name, "loss": compared.name, "skipped": ""}
-        reason = competitor.refuses(case, loss) or _not_swept(case, competitor)
+        reason = competitor.refuses(case, loss)
         if reason is None:
             request = {"case": asdict(case), "loss": loss.name, "budget": budget}
             try:
@@ -101,13 +105,6 @@ def _measured(
             except Failed as failure:
                 reason = f"failed: {failure}"
         yield competitor.name, row | {"skipped": reason or ""}
-
-
-def _not_swept(case: Case, competitor: Competitor) -> str | None:
-    """Sweeps show how time grows; a few competitors say it, and each point costs a process."""
-    if case.group.startswith("against") and not competitor.swept:
-        return "not in the sweeps"
-    return None
 
 
 def _child(request: dict) -> dict:
