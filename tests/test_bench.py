@@ -1,6 +1,8 @@
 """`tightrope bench`: its arithmetic, its truth, its memory probe, and a whole run on tiny shapes."""
 
 import csv
+import os
+import time
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from tightrope.cli import main
 
 for package in ("matplotlib", "psutil", "rich"):
     pytest.importorskip(package)
-from tightrope.cli.bench import cases, competitors, figures, inputs, measure, truth
+from tightrope.cli.bench import cases, competitors, figures, inputs, measure, process, truth
 
 TINY = cases.Case("tiny", 24, 16, 130)
 LOSSES = list(cases.LOSSES.values())
@@ -39,7 +41,7 @@ def test_spread_is_relative_to_the_median():
 
 @pytest.mark.parametrize(
     ("seconds", "budget", "rounds"),
-    [(1.0, 4.5, 4), (8.0, 4.0, 3), (9.0, 4.0, 1), (0.001, 4.0, 15), (0.0, 4.0, 15)],
+    [(1.0, 4.5, 4), (4.0, 4.0, 3), (5.0, 4.0, 2), (9.0, 4.0, 1), (0.001, 4.0, 15), (0.0, 4.0, 15)],
 )
 def test_rounds_fill_the_budget(seconds, budget, rounds):
     assert figures.rounds_for(seconds, budget) == rounds
@@ -62,9 +64,9 @@ def test_summary_has_milliseconds_and_both_ratios():
 def test_works_take_turns_and_none_always_follows_another():
     step, calls = inputs.make_step(TINY), []
     works = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds = measure.take_turns(works, step, {}, budget=4.0)
+    seconds = measure.take_turns(works, step, budget=4.0)
     assert {name: len(samples) for name, samples in seconds.items()} == {"a": 15, "b": 15, "c": 15}
-    rounds = ["".join(calls[i : i + 3]) for i in range(3, len(calls), 3)]  # after the warm-up
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
     assert rounds == ["abc", "bca", "cab"] * 5
 
 
@@ -73,7 +75,7 @@ def test_gradients_are_dropped_before_each_step():
     loss = LOSSES[0]
     once = inputs.make_step(TINY)
     measure.step_of(competitors.ours, once, loss)
-    measure.take_turns({"ours": lambda: measure.step_of(competitors.ours, step, loss)}, step, {}, 0.0)
+    measure.take_turns({"ours": lambda: measure.step_of(competitors.ours, step, loss)}, step, 0.0)
     assert torch.equal(step.weight.grad, once.weight.grad)
 
 
@@ -91,7 +93,7 @@ def test_memory_is_what_a_step_takes_beyond_its_gradients():
         return (step.hidden.sum() + step.weight.sum()) * 1.0
 
     rival = competitors.Competitor("greedy", "torch", greedy, lambda case, loss: None)
-    found, _, _ = measure.first_step(inputs.make_step(case), rival, LOSSES[0], case)
+    found, _ = measure.first_step(inputs.make_step(case), rival, LOSSES[0], case)
     # The block is gone before the gradients come, so up to their size of it is counted as theirs.
     assert held - case.gradient_bytes - 5e6 < found < held + 20e6
 
@@ -109,11 +111,14 @@ def test_memory_of_a_step_that_holds_nothing_is_small():
 
 @pytest.mark.parametrize("scenario", cases.SCENARIOS)
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
-def test_the_truth_is_the_reference(scenario, loss, tmp_path):
+def test_the_truth_is_the_reference(scenario, loss, monkeypatch):
+    monkeypatch.setattr(truth, "KEPT_ROWS", 10)
+    monkeypatch.setattr(truth, "KEPT_HEAD_ROWS", 20)
     case = cases.Case("", 24, 16, 130, scenario=scenario)
     step = inputs.make_step(case)
-    truth.write_truth(step, loss, tmp_path / "truth.pt")
-    found = torch.load(tmp_path / "truth.pt")
+    found = truth.truths(step, LOSSES)[loss.name]
+    kept, kept_head = truth.sample(step)
+    assert len(kept) == 10 and 20 <= len(kept_head) <= 40
     hidden, weight = (t.detach().double().requires_grad_() for t in (step.hidden, step.weight))
     target = step.target if step.probs is None else tightrope.TopKTarget(step.target, step.probs.double())
     if scenario == "rl":
@@ -127,32 +132,58 @@ def test_the_truth_is_the_reference(scenario, loss, tmp_path):
         )
     exact.backward()
     assert found["loss"] == pytest.approx(exact.item(), rel=1e-12)
-    torch.testing.assert_close(found["hidden"], hidden.grad, rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(found["hidden"], hidden.grad[kept], rtol=1e-10, atol=1e-15)
     if scenario == "lora":
         assert "weight" not in found
     else:
-        torch.testing.assert_close(found["weight"], weight.grad[found["kept"]], rtol=1e-10, atol=1e-15)
+        torch.testing.assert_close(found["weight"], weight.grad[kept_head], rtol=1e-10, atol=1e-15)
 
 
-def test_the_truth_goes_by_blocks_of_rows(tmp_path, monkeypatch):
+def test_the_truth_goes_by_blocks_of_rows(monkeypatch):
     step = inputs.make_step(TINY)
-    truth.write_truth(step, LOSSES[0], tmp_path / "whole.pt")
+    whole = truth.truths(step, LOSSES)
     monkeypatch.setattr(truth, "LOGITS_AT_A_TIME", 7 * TINY.vocab)
-    truth.write_truth(step, LOSSES[0], tmp_path / "blocks.pt")
-    whole, blocks = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "blocks.pt")
-    torch.testing.assert_close(whole, blocks, rtol=1e-12, atol=1e-16)
+    torch.testing.assert_close(whole, truth.truths(step, LOSSES), rtol=1e-12, atol=1e-16)
 
 
-def test_errors_are_relative_and_see_a_wrong_gradient(tmp_path):
+def test_errors_are_relative_and_see_a_wrong_gradient():
     step = inputs.make_step(TINY)
-    truth.write_truth(step, LOSSES[0], tmp_path / "truth.pt")
-    exact = torch.load(tmp_path / "truth.pt")
+    exact = truth.truths(step, LOSSES[:1])[LOSSES[0].name]
     value = measure.step_of(competitors.ours, step, LOSSES[0])
     assert all(error < 1e-5 for error in truth.errors(value, step, exact).values())
     step.hidden.grad *= 1.01
     step.weight.grad *= 0.98
     found = truth.errors(value * 1.1, step, exact)
     assert list(found.values()) == pytest.approx([0.1, 0.01, 0.02], rel=1e-3)
+
+
+# Processes
+
+
+def fails():
+    print("not to be seen")
+    raise RuntimeError("first line\nsecond line")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((fails,), "RuntimeError: first line"),
+        ((os._exit, 3), "exit code 3"),
+        ((time.sleep, 60), "more than 0.5 s"),
+    ],
+    ids=["raises", "dies", "hangs"],
+)
+def test_a_process_that_ends_badly_says_how(capfd, arguments, words):
+    process.call(os.getpid)  # the server is up
+    seconds = 0.5 if arguments[0] is time.sleep else 60
+    with pytest.raises(process.Failed, match=f"^{words}$"):
+        process.call(*arguments, seconds=seconds)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_each_call_has_a_process_of_its_own():
+    assert len({os.getpid(), process.call(os.getpid), process.call(os.getpid)}) == 3
 
 
 # A whole run
@@ -198,16 +229,27 @@ def test_a_whole_run(capsys, tmp_path):
 def test_a_competitor_that_fails_says_so_and_the_others_go_on(tmp_path, monkeypatch):
     from tightrope.cli.bench import runner
 
-    def child(request):
-        if request["competitor"] == "eager PyTorch":
-            raise runner.Failed("RuntimeError: no memory")
+    def call(function, *arguments):
+        if arguments[0] == "eager PyTorch":
+            raise process.Failed("RuntimeError: no memory")
         return {}
 
-    monkeypatch.setattr(runner, "_child", child)
+    monkeypatch.setattr(runner.process, "call", call)
     chosen = [competitor("eager PyTorch"), competitor("F.linear_cross_entropy")]
     rows = dict(runner._measured(TINY, LOSSES[0], chosen, 1.0, tmp_path))
     assert rows["eager PyTorch"]["skipped"] == "failed: RuntimeError: no memory"
     assert rows["F.linear_cross_entropy"]["skipped"] == ""
+
+
+def test_without_a_truth_nothing_is_measured(tmp_path, monkeypatch):
+    from tightrope.cli.bench import runner
+
+    def call(function, *arguments):
+        raise process.Failed("exit code -9")
+
+    monkeypatch.setattr(runner.process, "call", call)
+    rows = dict(runner._measured(TINY, LOSSES[0], [competitor("eager PyTorch")], 1.0, tmp_path))
+    assert rows["eager PyTorch"]["skipped"] == "no truth to compare with: exit code -9"
 
 
 def test_eager_is_skipped_where_its_logits_do_not_fit():
@@ -218,7 +260,7 @@ def test_eager_is_skipped_where_its_logits_do_not_fit():
 def test_default_cases_are_those_that_the_documentation_names():
     chosen = cases.default_cases("cpu", "float32")
     assert {case.scenario for case in chosen} == set(cases.SCENARIOS)
-    shapes = [case for case in chosen if case.group == "shapes"]
+    shapes = [case for case in chosen if "shapes" in case.group]
     assert (1024, 768, 50257) in [(c.rows, c.dim, c.vocab) for c in shapes]
     assert any(c.rows == 1 and c.vocab > 150_000 for c in shapes)
     for axis, group in (("vocab", "against V"), ("rows", "against N")):

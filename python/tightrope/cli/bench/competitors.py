@@ -22,7 +22,8 @@ from .inputs import IGNORE_INDEX, Step
 from .truth import ENTROPY_BONUS, eager_loss
 
 LossOf = Callable[[Step, Loss], Tensor]
-EVERYWHERE = ("shapes", "scenarios", "against V", "against N")
+WITHOUT_SWEEPS = ("large shapes", "shapes", "scenarios")
+EVERYWHERE = (*WITHOUT_SWEEPS, "against V", "against N")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Competitor:
     refuses: Callable[[Case, Loss], str | None]
     entropy: bool = True
     fixed_memory: bool = True
-    groups: tuple[str, ...] = ("shapes", "scenarios")
+    groups: tuple[str, ...] = WITHOUT_SWEEPS
 
     def loss_compared(self, loss: Loss) -> Loss:
         """The loss that it is compared on."""
@@ -192,9 +193,7 @@ def all_competitors() -> list[Competitor]:
     return [
         *mine,
         Competitor("eager PyTorch", "torch", eager_loss, _eager_refuses, groups=EVERYWHERE),
-        Competitor(
-            "torch.compile", "torch", _compiled, _eager_refuses, fixed_memory=False, groups=EVERYWHERE
-        ),
+        Competitor("torch.compile", "torch", _compiled, _eager_refuses, fixed_memory=False),
         _peer("F.linear_cross_entropy", "torch", "torch", _chunked_torch),
         _peer(
             "cut-cross-entropy",

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 
 def rounds_for(seconds: float, budget: float) -> int:
-    """How many rounds of so many seconds fit the budget: 3 to 15, and 1 where 3 would take six times it."""
-    if seconds > 2 * budget:
-        return 1
-    return min(max(int(budget / seconds), 3), 15) if seconds > 0 else 15
+    """How many rounds of so many seconds fit the budget, up to 15; 3 at least, or 2, or 1 if that is long."""
+    least = 3 if seconds <= budget else 2 if seconds <= 2 * budget else 1
+    return max(least, min(15, int(budget / seconds))) if seconds > 0 else 15
 
 
 def spread(samples: Sequence[float]) -> float:

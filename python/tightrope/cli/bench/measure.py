@@ -1,6 +1,5 @@
-"""One competitor at one case, in a process of its own: error, memory, then time beside ours and the floor.
+"""One competitor at one case, in a process of its own: memory, error, then time beside ours and the floor.
 
-Run as ``python -m tightrope.cli.bench.measure``; a request in JSON comes on stdin, the figures go to stdout.
 Memory comes first, while the process is fresh. Then the three bare GEMMs, ours and the competitor take turns,
 so that all see the same machine. A competitor gets its gradients dropped before each step, outside the time.
 """
@@ -9,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -20,11 +17,11 @@ from pathlib import Path
 import torch
 
 from ..probe import peak_bytes
-from .cases import LOSSES, Case, Loss
+from .cases import Case, Loss
 from .competitors import Competitor, all_competitors, ours
 from .figures import rounds_for, summary
 from .inputs import Step, make_step
-from .truth import errors, write_truth
+from .truth import errors
 
 Work = Callable[[], object]
 
@@ -51,16 +48,14 @@ def floor_step(step: Step) -> Step:
     return replace(step, hidden=step.hidden.detach().float(), weight=step.weight.detach().float())
 
 
-def first_step(step: Step, competitor: Competitor, loss: Loss, case: Case) -> tuple[int, float, torch.Tensor]:
-    """Peak bytes of a step beyond inputs and the gradients that it returns and leaves; seconds; its loss."""
-    seconds, value = 0.0, None
+def first_step(step: Step, competitor: Competitor, loss: Loss, case: Case) -> tuple[int, torch.Tensor]:
+    """Peak bytes of a step beyond inputs and the gradients that it returns and leaves; its loss."""
+    value = None
 
     def work() -> None:
-        nonlocal seconds, value
+        nonlocal value
         step.forget_gradients()
-        begin = time.perf_counter()
         value = step_of(competitor.loss, step, loss)
-        seconds = time.perf_counter() - begin
 
     if case.device != "cpu":
         work()
@@ -70,18 +65,21 @@ def first_step(step: Step, competitor: Competitor, loss: Loss, case: Case) -> tu
         before = torch.cuda.memory_allocated()
         work()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before - case.gradient_bytes, seconds, value
+        return torch.cuda.max_memory_allocated() - before - case.gradient_bytes, value
     if competitor.fixed_memory:
-        # Loads code and starts threads; on so few entries that no buffer of any size is left behind.
-        small = make_step(replace(case, rows=8, vocab=64, inputs="random"))
-        step_of(competitor.loss, small, loss)
+        step_of(competitor.loss, small_step(case), loss)
     else:
         work()
         step.forget_gradients()
     gc.collect()
     _give_back_free_memory()
     peak = peak_bytes(work)
-    return max(0, peak - case.gradient_bytes), seconds, value
+    return max(0, peak - case.gradient_bytes), value
+
+
+def small_step(case: Case) -> Step:
+    """Loads code and starts threads; of so few entries that no buffer of any size is left behind."""
+    return make_step(replace(case, rows=8, vocab=64, inputs="random"))
 
 
 def _give_back_free_memory() -> None:
@@ -91,12 +89,10 @@ def _give_back_free_memory() -> None:
         trim(0)
 
 
-def take_turns(
-    works: dict[str, Work], step: Step, warm: dict[str, float], budget: float
-) -> dict[str, list[float]]:
+def take_turns(works: dict[str, Work], step: Step, budget: float) -> dict[str, list[float]]:
     """Seconds of each work in each round; the order turns round, so that none always follows another.
 
-    warm: seconds of those that ran in full before; the others do so first.
+    The first round says how many there are.
     """
     device = step.hidden.device
 
@@ -110,23 +106,27 @@ def take_turns(
             torch.cuda.synchronize(device)
         return time.perf_counter() - begin
 
-    first = sum(warm[name] if name in warm else timed(work) for name, work in works.items())
-    seconds: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
-    for _ in range(rounds_for(first, budget)):
+    seconds = {name: [timed(works[name])] for name in names}
+    for _ in range(1, rounds_for(sum(first for (first,) in seconds.values()), budget)):
+        names.append(names.pop(0))
         for name in names:
             seconds[name].append(timed(works[name]))
-        names.append(names.pop(0))
     return seconds
 
 
-def measure(competitor: Competitor, case: Case, loss: Loss, truth: Path, budget: float) -> dict:
-    """The figures of one competitor at one case."""
-    loss = competitor.loss_compared(loss)
+def measure(name: str, case: Case, loss: Loss, truths: Path, budget: float) -> dict:
+    """The figures of one competitor at one case, on a loss whose truth is in the file."""
+    competitor = next(c for c in all_competitors() if c.name == name)
+    warnings.simplefilter("ignore")  # the peers' own; what fails raises
     step = make_step(case)
-    memory, seconds, value = first_step(step, competitor, loss, case)
-    error = errors(value, step, torch.load(truth))
+    memory, value = first_step(step, competitor, loss, case)
+    error = errors(value, step, torch.load(truths)[loss.name])
     floor = floor_step(step)
+    # The competitor has run in full. A GPU's libraries choose and compile for a shape, so there all do.
+    warm = small_step(case) if case.device == "cpu" else step
+    three_gemms(floor_step(warm))
+    step_of(ours, warm, loss)
     turns = take_turns(
         {
             "gemms": lambda: three_gemms(floor),
@@ -134,25 +134,6 @@ def measure(competitor: Competitor, case: Case, loss: Loss, truth: Path, budget:
             "competitor": lambda: step_of(competitor.loss, step, loss),
         },
         step,
-        {"competitor": seconds},
         budget,
     )
-    return {"loss": loss.name, "memory_mb": memory / 1e6, **error, **summary(turns)}
-
-
-def main() -> None:
-    warnings.simplefilter("ignore")  # the peers' own; what fails raises
-    request = json.load(sys.stdin)
-    case, loss = Case(**request["case"]), LOSSES[request["loss"]]
-    truth = Path(request["truth"])
-    if request["competitor"] is None:
-        write_truth(make_step(case), loss, truth)
-        result = {}
-    else:
-        competitor = next(c for c in all_competitors() if c.name == request["competitor"])
-        result = measure(competitor, case, loss, truth, request["budget"])
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()
+    return {"memory_mb": memory / 1e6, **error, **summary(turns)}

@@ -93,14 +93,14 @@ def _by_case(rows: Sequence[dict]) -> dict[str, list[dict]]:
 def _lines(rows: Sequence[dict]) -> list[list[str]]:
     """Header and lines of a case's table: the floor, then the competitors, the fastest first on each loss."""
     floor = min(row["gemms_ms"] for row in rows)
-    lines = [HEADER, ["three bare GEMMs", f"{floor:.4g}", "", "1.00", "", "", "", "", ""]]
+    lines = [HEADER, ["three bare GEMMs", _figure(floor), "", "1.00", "", "", "", "", ""]]
     losses = list(dict.fromkeys(row["loss"] for row in rows))
     for row in sorted(rows, key=lambda row: (losses.index(row["loss"]), row["x_ours"])):
         only = "" if row["loss"] == losses[0] else f" ({row['loss']} alone)"
         lines.append(
             [
                 row["competitor"] + only,
-                f"{row['ms']:.4g}",
+                _figure(row["ms"]),
                 f"{row['spread']:.0%}",
                 f"{row['x_gemms']:.2f}",
                 f"{row['x_ours']:.2f}",
@@ -112,6 +112,10 @@ def _lines(rows: Sequence[dict]) -> list[list[str]]:
             ]
         )
     return lines
+
+
+def _figure(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def _skipped(rows: Sequence[dict]) -> list[str]:

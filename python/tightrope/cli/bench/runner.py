@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,13 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..errors import UserError
 from ..report import CsvLog
-from . import report
+from . import process, report
 from .cases import LOSSES, Case, Loss
 from .competitors import Competitor, all_competitors
 from .inputs import cache_file, real_inputs
 from .machine import describe
+from .measure import measure
+from .truth import write_truths
 
-CHILD_SECONDS = 900
 WIDTH = 120  # of tables that go to a file or a pipe
 
 
@@ -30,7 +27,7 @@ WIDTH = 120  # of tables that go to a file or a pipe
 class Options:
     """cases to measure, on which loss, by whom (parts of names; none: everybody), where to write.
 
-    budget: seconds of rounds for each competitor at each case, three rounds at least.
+    budget: seconds of rounds for each competitor at each case (see figures.rounds_for).
     """
 
     cases: list[Case]
@@ -38,10 +35,6 @@ class Options:
     competitors: list[str]
     budget: float
     out: Path
-
-
-class Failed(Exception):
-    """A measuring process ended badly; the message is its last word."""
 
 
 def run(options: Options) -> None:
@@ -64,8 +57,9 @@ def run(options: Options) -> None:
         task = progress.add_task(
             "", total=sum(case.group in c.groups for case in options.cases for c in competitors)
         )
+        truths = Path(scratch, "truths.pt")
         for case in options.cases:
-            for competitor, row in _measured(case, loss, competitors, options.budget, Path(scratch)):
+            for competitor, row in _measured(case, loss, competitors, options.budget, truths):
                 progress.update(task, description=f"{case.name or case.shape}: {competitor}", advance=1)
                 log.write([row.get(c) if c in row else machine.get(c) for c in report.COLUMNS])
                 rows.append(row)
@@ -84,45 +78,25 @@ def _chosen(wanted: list[str]) -> list[Competitor]:
 
 
 def _measured(
-    case: Case, loss: Loss, competitors: list[Competitor], budget: float, scratch: Path
+    case: Case, loss: Loss, competitors: list[Competitor], budget: float, truths: Path
 ) -> Iterator[tuple[str, dict]]:
     """(name of the competitor, its line) at a case; a line has figures or the reason why there are none."""
-    truths: dict[str, Path] = {}
+    competitors = [c for c in competitors if case.group in c.groups]
+    reasons = {c.name: c.refuses(case, loss) for c in competitors}
+    compared = {c.loss_compared(loss) for c in competitors if reasons[c.name] is None}
+    try:
+        process.call(write_truths, case, list(compared), truths)
+    except process.Failed as failure:
+        reasons = {name: reason or f"no truth to compare with: {failure}" for name, reason in reasons.items()}
     for competitor in competitors:
-        if case.group not in competitor.groups:
-            continue
-        compared = competitor.loss_compared(loss)
-        row = {**asdict(case), "competitor": competitor.name, "loss": compared.name, "skipped": ""}
-        reason = competitor.refuses(case, loss)
+        own, reason = competitor.loss_compared(loss), reasons[competitor.name]
+        row = {**asdict(case), "competitor": competitor.name, "loss": own.name}
         if reason is None:
-            request = {"case": asdict(case), "loss": loss.name, "budget": budget}
             try:
-                if compared.name not in truths:
-                    truth = scratch / f"{len(truths)}.pt"
-                    _child({**request, "loss": compared.name, "competitor": None, "truth": str(truth)})
-                    truths[compared.name] = truth
-                row |= _child({**request, "competitor": competitor.name, "truth": str(truths[compared.name])})
-            except Failed as failure:
+                row |= process.call(measure, competitor.name, case, own, truths, budget)
+            except process.Failed as failure:
                 reason = f"failed: {failure}"
         yield competitor.name, row | {"skipped": reason or ""}
-
-
-def _child(request: dict) -> dict:
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "tightrope.cli.bench.measure"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            timeout=CHILD_SECONDS,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-        )
-    except subprocess.TimeoutExpired:
-        raise Failed(f"more than {CHILD_SECONDS} s") from None
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise Failed(lines[-1][:200])
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def _progress(console: Console) -> Progress:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .cases import Loss
-from .inputs import IGNORE_INDEX, Step
+from .cases import Case, Loss
+from .inputs import IGNORE_INDEX, Step, make_step
 
 ENTROPY_BONUS = 0.01  # of the reinforcement learning scenario
 LOGITS_AT_A_TIME = 2**25
-KEPT_HEAD_ROWS = 1024
+KEPT_ROWS, KEPT_HEAD_ROWS = 256, 1024
 
 
-def row_losses(logits: Tensor, step: Step, loss: Loss) -> Tensor:
-    """The loss of each row [N] from all its logits [N, V]; 0 where it is ignored."""
-    log_p = torch.log_softmax(logits, -1)
+def row_losses(log_p: Tensor, step: Step, loss: Loss) -> Tensor:
+    """The loss of each row [N] from all its log-probabilities [N, V]; 0 where it is ignored."""
     counts = None
     if step.probs is not None:
         cross_entropy = -(step.probs.to(log_p.dtype) * log_p.gather(1, step.target)).sum(-1)
@@ -45,44 +45,66 @@ def _squared_error(log_p: Tensor, step: Step) -> Tensor:
 
 def eager_loss(step: Step, loss: Loss) -> Tensor:
     """The mean over the rows that count, with the N x V logits in memory."""
-    return row_losses(step.hidden @ step.weight.T, step, loss).sum() / step.normalizer
+    log_p = torch.log_softmax(step.hidden @ step.weight.T, -1)
+    return row_losses(log_p, step, loss).sum() / step.normalizer
 
 
-def write_truth(step: Step, loss: Loss, path: Path) -> None:
-    """Loss and gradients in float64, by blocks of rows; of dW a fixed sample of the head's rows is kept."""
+def truths(step: Step, losses: Sequence[Loss]) -> dict[str, dict]:
+    """By name of the loss: its value and gradients in float64, by blocks of rows.
+
+    The products are the cost of it: of dh and dW only a sample of rows is made, the same for each loss.
+    """
     hidden, weight = step.hidden.detach().double(), step.weight.detach().double()
-    weight.requires_grad_(step.weight.requires_grad)
-    normalizer, total, hidden_grad = step.normalizer, 0.0, torch.zeros_like(hidden)
+    kept, kept_head = sample(step)
+    found = {loss.name: {"loss": 0.0, "hidden": torch.zeros_like(hidden[kept])} for loss in losses}
+    if step.weight.requires_grad:
+        for truth in found.values():
+            truth["weight"] = torch.zeros_like(weight[kept_head])
     block = max(1, LOGITS_AT_A_TIME // weight.shape[0])
     for start in range(0, len(hidden), block):
-        part = step.rows(start, start + block)
-        h = hidden[start : start + block].requires_grad_()
-        value = row_losses(h @ weight.T, part, loss).sum() / normalizer
-        value.backward()
-        total += value.item()
-        hidden_grad[start : start + block] = h.grad
-    truth = {"loss": total, "hidden": hidden_grad.cpu()}
-    if weight.requires_grad:
-        kept = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))[:KEPT_HEAD_ROWS]
-        # Rows of targets carry the largest gradients.
-        named = step.target.flatten().cpu()
-        kept = torch.cat([kept, named[named >= 0][:KEPT_HEAD_ROWS]]).unique()
-        truth |= {"kept": kept, "weight": weight.grad[kept.to(weight.device)].cpu()}
-    torch.save(truth, path)
+        h, part = hidden[start : start + block], step.rows(start, start + block)
+        here = (kept >= start) & (kept < start + block)
+        logits = (h @ weight.T).requires_grad_()
+        log_p = torch.log_softmax(logits, -1)
+        for loss in losses:
+            value, truth = row_losses(log_p, part, loss).sum() / step.normalizer, found[loss.name]
+            (grad,) = torch.autograd.grad(value, logits, retain_graph=True)
+            truth["loss"] += value.item()
+            truth["hidden"][here] = grad[kept[here] - start] @ weight
+            if "weight" in truth:
+                truth["weight"] += grad[:, kept_head].T @ h
+    return found
+
+
+def write_truths(case: Case, losses: Sequence[Loss], path: Path) -> None:
+    torch.save(truths(make_step(case), losses), path)
+
+
+def sample(step: Step) -> tuple[Tensor, Tensor]:
+    """The rows of dh and of dW that are compared: any, and of dW also targets, which have large gradients."""
+    device = step.hidden.device
+
+    def some(rows: int, kept: int) -> Tensor:
+        return torch.randperm(rows, generator=torch.Generator().manual_seed(0))[:kept].to(device)
+
+    named = step.target[step.target >= 0][:KEPT_HEAD_ROWS]
+    head = torch.cat([some(len(step.weight), KEPT_HEAD_ROWS), named]).unique()
+    return some(len(step.hidden), KEPT_ROWS).sort().values, head
 
 
 def errors(loss: Tensor, step: Step, truth: dict) -> dict[str, float | None]:
     """Relative errors of the loss, and of the gradients in the Euclidean norm; None for a frozen head."""
+    kept, kept_head = sample(step)
     found = {
         "loss_error": abs(loss.item() - truth["loss"]) / max(abs(truth["loss"]), 1e-30),
-        "hidden_grad_error": _relative(step.hidden.grad.cpu(), truth["hidden"]),
+        "hidden_grad_error": _relative(step.hidden.grad[kept], truth["hidden"]),
         "weight_grad_error": None,
     }
     if "weight" in truth:
-        kept = truth["kept"].to(step.weight.device)
-        found["weight_grad_error"] = _relative(step.weight.grad[kept].cpu(), truth["weight"])
+        found["weight_grad_error"] = _relative(step.weight.grad[kept_head], truth["weight"])
     return found
 
 
 def _relative(value: Tensor, truth: Tensor) -> float:
+    truth = truth.to(value.device)
     return ((value.double() - truth).norm() / truth.norm().clamp(min=1e-300)).item()
