@@ -71,6 +71,9 @@ class Backend:
     row_stats: Callable[..., None]
     row_grad: Callable[..., None]
     row_loss_grad: Callable[..., None] = ops.row_loss_grad
+    # (rows, vocab_size, sparse targets a row, dtype of logits, device) -> whether row_loss_grad beats the two
+    # others for such whole rows, and may write a narrower gradient into the memory of the logits.
+    fuses: Callable[..., bool] = lambda rows, vocab_size, sparse, dtype, device: False
     stream_stats: Callable[..., None] | None = None
     stream_grad: Callable[..., None] | None = None
     serves_stream: Callable[..., bool] = lambda hidden, weight: False
