@@ -58,6 +58,7 @@ def loss_and_gradients(
 
     workspace: bytes for a chunk's logits. ahead: the gradients that upstream gives, for a fused kernel.
     """
+    problem.check_topk()
     dtype, device = problem.dtype, problem.input.device
     rows, vocab_size = problem.rows, problem.vocab_size
     summary, argmax = problem.empty_summary()

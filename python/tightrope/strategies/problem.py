@@ -71,7 +71,16 @@ class Rows:
 
 
 class _Scored:
-    """What the two kinds of problem share: how a chunk's statistics end."""
+    """What the two kinds of problem share: how a chunk's statistics end, and what row kernels cannot take."""
+
+    def check_topk(self) -> None:
+        """Raise ValueError where the backend's row primitives take fewer entries of a top-k target."""
+        entries, most = self.target.topk_index, self.backend.max_topk
+        if entries is not None and most is not None and entries.shape[-1] > most:
+            raise ValueError(
+                f"target: got {entries.shape[-1]} top-k entries a token, expected at most {most} with the "
+                f'row kernels of backend "{self.backend.name}"; a dense target or another backend takes more'
+            )
 
     def empty_summary(self) -> tuple[Tensor, Tensor]:
         """Summary [SUMMARY, N] and argmax [N] of rows none of which counts."""
