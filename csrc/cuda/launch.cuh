@@ -28,8 +28,16 @@ template <class... P, class... A>
 int launch(void (*kernel)(P...), const Shape& shape, CUstream_st* stream, const A&... args) {
   constexpr int kWithoutOptIn = 48 << 10;
   if (shape.shared > kWithoutOptIn) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared);
+    // To the most that a block can have, whatever this launch needs: another thread, which launches
+    // the same kernel between these calls and the launch, must not lower it.
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config{};

@@ -39,8 +39,7 @@ TIGHTROPE_DEVICE void gradients(
     if (has_mass) g += target_gradient(mass[k], p, c);
     if (has_logit_term) g += c.logit == T(0) ? c.constant : logit_gradient(z[k], c);
     if constexpr (!kPlain) {
-      g *= a.logit_scale;
-      if (a.softcap != T(0)) g *= softcap_slope(z[k], a.inverse_softcap);
+      g = to_raw_gradient<T>(g, z[k], a.logit_scale, a.softcap != T(0), a.inverse_softcap);
     }
     z[k] = g;
   }
