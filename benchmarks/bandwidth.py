@@ -1,7 +1,8 @@
 """How near the CUDA row kernels come to the speed of the memory: a fraction of a device-to-device copy.
 
 A copy of the logits reads and writes each byte once, which is what the fused kernel does; the statistics
-read, and the gradient reads and writes. Each kernel's bytes (docs/cuda.md) over its time is given as a
+read, and the gradient reads and writes. From float32 logits, as the chunked strategy has them, the gradient
+is bfloat16 too. Each kernel's bytes (docs/cuda.md) over its time is given as a
 fraction of the copy's. Medians of rounds in which the kernels take turns, after a warm-up, timed with CUDA
 events; the logits are larger than any L2.
 
@@ -41,17 +42,25 @@ def candidates(rows: int, vocab: int, dtype: torch.dtype) -> dict[str, tuple[int
     )
     once = logits.numel() * logits.element_size()
 
-    def both() -> None:
+    def apart(out: torch.Tensor) -> None:
         ops.row_stats(logits, partial, argmax, 0, *tail)
         ops.row_grad(logits, out, norm, coef, 0, *tail)
 
-    return {
+    def fused(out: torch.Tensor) -> None:
+        ops.row_loss_grad(logits, out, partial, argmax, upstream, *tail)
+
+    calls = {
         "copy": (2 * once, lambda: out.copy_(logits)),
         "row_stats": (once, lambda: ops.row_stats(logits, partial, argmax, 0, *tail)),
         "row_grad": (2 * once, lambda: ops.row_grad(logits, out, norm, coef, 0, *tail)),
-        "row_stats + row_grad": (3 * once, both),
-        "row_loss_grad": (2 * once, lambda: ops.row_loss_grad(logits, out, partial, argmax, upstream, *tail)),
+        "row_stats + row_grad": (3 * once, lambda: apart(out)),
+        "row_loss_grad": (2 * once, lambda: fused(out)),
     }
+    if dtype == torch.float32:
+        narrow = torch.empty_like(logits, dtype=torch.bfloat16)
+        calls["both, to bfloat16"] = (2 * once + once // 2, lambda: apart(narrow))
+        calls["fused, to bfloat16"] = (once + once // 2, lambda: fused(narrow))
+    return calls
 
 
 def milliseconds(call: Callable[[], None]) -> float:

@@ -224,4 +224,21 @@ TIGHTROPE_HD V softcap_slope(const V& z, const V& inverse_cap) {
   return V(1) - t * t;
 }
 
+// How a raw value becomes a logit, z = softcap tanh(logit_scale (x + bias) / softcap), from x +
+// bias. capped: there is a softcap. tanh: that of V.
+template <class V, class Tanh>
+TIGHTROPE_HD V to_logit(
+    const V& biased, const V& scale, bool capped, const V& cap, const V& inverse_cap, Tanh tanh) {
+  const V u = biased * scale;
+  return capped ? cap * tanh(u * inverse_cap) : u;
+}
+
+// dloss/dz to dloss/dx.
+template <class V>
+TIGHTROPE_HD V
+to_raw_gradient(const V& grad, const V& z, const V& scale, bool capped, const V& inverse_cap) {
+  const V scaled = grad * scale;
+  return capped ? scaled * softcap_slope(z, inverse_cap) : scaled;
+}
+
 }  // namespace tightrope

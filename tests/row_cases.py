@@ -104,8 +104,15 @@ class Case:
         raw = raw if self.bias is None else raw + self.bias.double()
         return reference.transform(raw, logit_scale=self.scale, softcap=self.softcap)
 
-    def nan_out(self, gap=0, lead=0):
-        return placed(torch.full((ROWS, self.vocab), torch.nan, dtype=self.dtype), gap, lead)
+    def nan_out(self, gap=0, lead=0, dtype=None):
+        return placed(torch.full((ROWS, self.vocab), torch.nan, dtype=dtype or self.dtype), gap, lead)
+
+    def front(self, dtype):
+        """An output in the memory of the logits, narrower than they are: at the front of each row."""
+        times = self.dtype.itemsize // dtype.itemsize
+        strides = (self.logits.stride(0) * times, 1)
+        memory = self.buffer.view(dtype)
+        return memory.as_strided((ROWS, self.vocab), strides, self.logits.storage_offset() * times), memory
 
 
 def stats_of(case, kernel):
@@ -137,7 +144,8 @@ def check_stats(case, device):
     return summary
 
 
-def check_grad(case, device, summary, in_place, gap=0, lead=0):
+def check_grad(case, device, summary, in_place, gap=0, lead=0, narrow=None):
+    """narrow: the dtype of the output, where it is not that of the logits."""
     with_target = any(t is not None for t in case.target)
     grads = grads_for(7, case.wide, with_target)
     if torch.isinf(case.logits).any():  # their statistics are infinite, and so have no gradient
@@ -149,16 +157,17 @@ def check_grad(case, device, summary, in_place, gap=0, lead=0):
     exact_stats = reference.row_stats(case.z(raw), case.distribution())._asdict()
     total = sum((g.double() * exact_stats[name]).sum() for name, g in grads.items())
     (exact,) = torch.autograd.grad(total, raw)
-    rough = torch.empty_like(case.logits, memory_format=torch.contiguous_format)
+    rough = torch.empty(ROWS, case.vocab, dtype=narrow or case.dtype)
     ops.row_grad(case.logits, rough, norm, coef, *case.tail())
-    out, buffer = (case.logits, case.buffer) if in_place else case.nan_out(gap, lead)
+    out, buffer = (case.logits, case.buffer) if in_place else case.nan_out(gap, lead, narrow)
     device.row_grad(case.logits, out, norm, coef, *case.tail())
     floor = {F64: 1e-13, F32: 1e-6}[case.wide] * (1 + exact.abs().max().item())
     assert_no_worse(out, exact, rough, floor, "gradient")
     assert buffer.isnan().sum() == buffer.numel() - out.numel()  # nothing written outside, nothing left
 
 
-def check_loss_grad(case, device, in_place, **terms):
+def check_loss_grad(case, device, in_place, narrow=None, **terms):
+    """narrow: as for check_grad; in place that is the front of each row."""
     family = RealityCreativity(case.vocab, **terms)
     balance = rand(ROWS, seed=5, dtype=case.wide)
     weight = 1 + rand(ROWS, seed=6, dtype=case.wide)
@@ -167,15 +176,20 @@ def check_loss_grad(case, device, in_place, **terms):
     z = case.z(raw)
     loss = reference.token_loss(z, case.distribution(), balance=balance.double(), **terms)
     (exact,) = torch.autograd.grad((weight.double() * loss).sum(), raw)
-    rough = torch.empty_like(case.logits, memory_format=torch.contiguous_format)
+    rough = torch.empty(ROWS, case.vocab, dtype=narrow or case.dtype)
     partial, argmax = torch.full((11, ROWS), torch.nan, dtype=case.wide), torch.full((ROWS,), -7)
     rough_partial, rough_argmax = partial.clone(), argmax.clone()
     ops.row_loss_grad(case.logits, rough, rough_partial, rough_argmax, upstream, *case.tail(offset=()))
-    out, buffer = (case.logits, case.buffer) if in_place else case.nan_out(1, 3)
+    if in_place:
+        out, buffer = (case.logits, case.buffer) if narrow is None else case.front(narrow)
+    else:
+        out, buffer = case.nan_out(1, 3, narrow)
+    before = buffer.clone()
     device.row_loss_grad(case.logits, out, partial, argmax, upstream, *case.tail(offset=()))
     floor = {F64: 1e-13, F32: 1e-6}[case.wide] * (1 + exact.abs().max().item())
     assert_no_worse(out, exact, rough, floor, "gradient")
-    assert buffer.isnan().sum() == buffer.numel() - out.numel()
+    before.as_strided(out.shape, out.stride(), out.storage_offset()).copy_(out)
+    assert torch.equal(before.view(torch.uint8), buffer.view(torch.uint8))  # nothing written outside
     assert torch.equal(argmax, rough_argmax)
     size = 1 + z.detach().abs().max().item()
     for name, a, b in zip(["m", "S0", "S1", "S2", "bd", "be", "b", "d", "zz", "n"], partial, rough_partial):

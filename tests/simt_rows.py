@@ -41,7 +41,7 @@ class Call(ctypes.Structure):
     """`Call` of tests/simt/rows_host.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("dtype", "seed", "skip_barrier")),
+        *((name, ctypes.c_int64) for name in ("dtype", "out_dtype", "seed", "skip_barrier")),
         *((name, ctypes.c_int64) for name in ("sms", "shared_per_sm", "shared_per_block", "clusters")),
         ("threads", ctypes.c_int64),
         ("logits", ctypes.c_void_p),
@@ -59,7 +59,7 @@ class Call(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("out_stride", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("norm", "coef", "upstream", "partial", "argmax")),
-        *((name, ctypes.c_int64) for name in ("read", "written", "runs", "kept", "shared")),
+        *((name, ctypes.c_int64) for name in ("read", "written", "runs", "kept", "shared", "fuses")),
     )
 
 
@@ -96,6 +96,7 @@ class Simt:
         tensors |= {"topk_prob": topk_prob, "bias": bias, "active": active}
         call = Call(
             dtype=DTYPES.index(logits.dtype),
+            out_dtype=DTYPES.index(tensors["out"].dtype if "out" in tensors else logits.dtype),
             **{name: getattr(self, name) for name in ("seed", "skip_barrier", "sms", "shared_per_sm")},
             **{name: getattr(self, name) for name in ("shared_per_block", "clusters", "threads")},
             **{name: t.data_ptr() for name, t in tensors.items() if t is not None},
@@ -123,7 +124,10 @@ class Simt:
         self._run("row_loss_grad", logits, (0, *tail), **tensors)
 
     def plan_loss(self, dtype: torch.dtype, rows: int, cols: int, sparse: int) -> Call:
-        """The plan of row_loss_grad: runs (blocks of a cluster), kept (vectors), shared (bytes a block)."""
+        """The plan of row_loss_grad: runs (blocks of a cluster), kept (vectors), shared (bytes a block).
+
+        And fuses: whether that kernel is the better way.
+        """
         names = ("sms", "shared_per_sm", "shared_per_block", "clusters")
         call = Call(dtype=DTYPES.index(dtype), rows=rows, cols=cols, topk=sparse)
         for name in names:

@@ -15,6 +15,7 @@ import torch
 from row_cases import (
     BF16,
     DTYPES,
+    F16,
     F32,
     F64,
     HOSTILE,
@@ -69,6 +70,19 @@ def test_the_fused_kernel_at_every_size(dtype, kind):
             check_loss_grad(case, device, in_place, **terms)
 
 
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("narrow", [BF16, F16], ids=str)
+def test_gradients_narrower_than_the_logits(narrow, kind):
+    """Rounded once, at any alignment of either; in one launch also at the front of the logits' own rows."""
+    rest = zip(cycle(TERMS), cycle(TRANSFORMS), cycle(range(8)), cycle((0, 1, 5)), cycle((True, True, False)))
+    for i, (vocab, (terms, transform, lead, gap, in_place)) in enumerate(zip(VOCABULARIES, rest)):
+        for device in (ONE, MANY) if vocab > 4000 else (ONE,):
+            case = Case(F32, vocab, kind, seed=i, gap=gap, lead=lead, **transform)
+            summary = check_stats(case, device)
+            check_grad(case, device, summary, False, gap, (lead + i) % 8, narrow)
+            check_loss_grad(case, device, in_place, narrow, **terms)
+
+
 @pytest.mark.parametrize("how", HOSTILE[1:])
 def test_hostile_rows(how):
     """Peaks, offsets of 1e4, all negative, masked to -inf, constant, very large."""
@@ -78,7 +92,7 @@ def test_hostile_rows(how):
             summary = check_stats(case, device)
             check_grad(case, device, summary, in_place=False)
             if kind is not None:
-                check_loss_grad(case, device, in_place=True)
+                check_loss_grad(case, device, in_place=True, narrow=BF16 if dtype == F32 else None)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F64], ids=str)
@@ -157,6 +171,24 @@ def test_the_order_of_threads_changes_no_bit(kind, sms):
         assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_no_logit_is_read_after_a_write_into_its_row(blocks):
+    """Whatever the order of threads and blocks, in place gives the bits that another place gets."""
+    upstream = RealityCreativity(4500).upstream(torch.full((ROWS,), 0.3), torch.ones(ROWS))
+    for seed in range(5):
+        shared = 64_000 if blocks == 1 else 16_384
+        device = Simt(shared_per_sm=shared, shared_per_block=shared - 1024, threads=128, seed=seed)
+        case = Case(F32, 4500, "top_k", lead=1, gap=3)
+        partial, argmax = empty_partial(ROWS, F32, case.logits.device)
+        tail = (partial, argmax, upstream, *case.tail(offset=()))
+        apart, _ = case.nan_out(dtype=BF16)
+        device.row_loss_grad(case.logits, apart, *tail)
+        assert device.last.runs == blocks
+        front, _ = case.front(BF16)
+        device.row_loss_grad(case.logits, front, *tail)
+        assert torch.equal(front, apart)
+
+
 @pytest.mark.parametrize(("kernel", "barriers"), [("row_stats", 1), ("row_grad", 2), ("row_loss_grad", 3)])
 def test_a_missing_barrier_shows(kernel, barriers):
     """Without any one of a kernel's barriers, some order of the threads gives other bits."""
@@ -210,6 +242,13 @@ def test_bytes_moved_for_each_logit(dtype):
         assert (device.last.read, device.last.written) == (ROWS * row, ROWS * row)
         fused(case, device, upstream)
         assert (device.last.read, device.last.written) == (ROWS * row, ROWS * row)
+        if dtype == F32:
+            half, _ = case.nan_out(dtype=BF16)
+            device.row_grad(case.logits, half, summary[:2].contiguous(), coef, *case.tail())
+            assert (device.last.read, device.last.written) == (ROWS * row, ROWS * row // 2)
+            partial, argmax = empty_partial(ROWS, F32, half.device)
+            device.row_loss_grad(case.logits, half, partial, argmax, upstream, *case.tail(offset=()))
+            assert (device.last.read, device.last.written) == (ROWS * row, ROWS * row // 2)
     small = Simt(sms=1, threads=128, clusters=False, shared_per_sm=16_384, shared_per_block=15_360)
     case = Case(dtype, vocab, None)
     fits = row <= 15_360
@@ -243,6 +282,33 @@ def test_the_fused_kernels_plan(name):
             assert whole
         if name == "sm_90" and (dtype.itemsize, vocab) in ((2, 151_936), (4, 151_936), (2, 262_144)):
             assert whole, "a row of this size is read once"
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_when_the_kernels_are_fused(name):
+    """Rows that are kept, and enough of them: few are cut into more blocks by the separate kernels."""
+    device = DEVICES[name]
+    longest = {"sm_80": 41_000, "sm_90": 460_000, "sm_120": 200_000}[name]
+    fuses = {
+        (rows, vocab): bool(device.plan_loss(F32, rows, vocab, sparse=1).fuses)
+        for rows, vocab in product(
+            (1, 4, 11, 71, 72, 128, 4096), (1000, 32_000, longest, longest + 4000, 600_000)
+        )
+    }
+    for (rows, vocab), fused_ in fuses.items():
+        if vocab > longest:
+            assert not fused_, "a row is read again"
+        elif rows == 4096 or vocab == 1000:
+            assert fused_, "nothing speaks for two kernels"
+        elif rows == 1:
+            assert not fused_, "a row would have one block, or a cluster, instead of a whole device"
+    if name == "sm_80":  # one block a row: two thirds of 108 processors
+        assert not fuses[71, 32_000]
+        assert fuses[72, 32_000]
+    if name == "sm_90":  # eight: 88 of 132
+        assert not fuses[4, 460_000]
+        assert fuses[11, 460_000]
+    assert not device.plan_loss(F32, 4096, longest, sparse=2048).fuses  # their staging takes the room
 
 
 def test_under_sanitizers(tmp_path):

@@ -5,12 +5,14 @@ contract; a case that is missing from it is a case that nobody has thought of.
 """
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 import tightrope
 from helpers import BACKENDS
+from tightrope import backends
 
 N, V, D = 3, 5, 2
 HIDDEN, HEAD, BIAS = torch.zeros(N, D), torch.zeros(V, D), torch.zeros(V)
@@ -328,6 +330,23 @@ def test_class_out_of_range_where_shift_drops_it():
     loss = tightrope.linear_reality_creativity_loss(hidden, HEAD, target, **options)
     assert loss.shape == (1, 3)
     assert loss[0, 2] == 0
+
+
+@pytest.mark.parametrize("strategy", ["chunked", "streaming", None])
+def test_more_topk_entries_than_the_row_kernels_take(strategy, monkeypatch):
+    """Before the first GEMM. The plain backend has no limit, and is given one."""
+    limited = replace(backends.BACKENDS["eager"], max_topk=1)
+    monkeypatch.setitem(backends.BACKENDS, "eager", limited)
+    arguments = (HIDDEN.clone().requires_grad_(), HEAD, PAIRS)
+    match = 'target: got 2 top-k entries.*at most 1 .*backend "eager"'
+    with pytest.raises(ValueError, match=match):
+        tightrope.linear_reality_creativity_loss(*arguments, strategy=strategy, backend="eager")
+    with pytest.raises(ValueError, match=match):
+        tightrope.linear_vocab_loss(*arguments, lambda s: s.lse, strategy=strategy, backend="eager")
+    with pytest.raises(ValueError, match=match):
+        tightrope.reality_creativity_loss(torch.zeros(N, V), PAIRS, backend="eager")
+    monkeypatch.setitem(backends.BACKENDS, "eager", replace(limited, max_topk=2))
+    tightrope.linear_reality_creativity_loss(*arguments, strategy=strategy, backend="eager")
 
 
 def test_nothing_is_done_before_the_error():

@@ -20,7 +20,7 @@ inline namespace CPU_CAPABILITY {
 
 using at::vec::Vectorized;
 
-// How raw values become logits: z = softcap * tanh(logit_scale * (x + bias) / softcap).
+// How raw values become logits: to_logit of row_math.h.
 template <class T>
 struct Transform {
   using Vec = Vectorized<T>;
@@ -32,14 +32,14 @@ struct Transform {
   T inverse_cap() const { return softcap == T(0) ? T(0) : T(1) / softcap; }
 
   Vec apply(Vec x, Vec bias_lanes) const {
-    const Vec u = (x + bias_lanes) * Vec(logit_scale);
-    return softcap == T(0) ? u : Vec(softcap) * (u * Vec(inverse_cap())).tanh();
+    const auto tanh = [](Vec u) { return u.tanh(); };
+    return to_logit<Vec>(
+        x + bias_lanes, Vec(logit_scale), softcap != T(0), Vec(softcap), Vec(inverse_cap()), tanh);
   }
 
   // dloss/dz to dloss/dx.
   Vec pull_back(Vec grad, Vec z) const {
-    const Vec scaled = grad * Vec(logit_scale);
-    return softcap == T(0) ? scaled : scaled * softcap_slope(z, Vec(inverse_cap()));
+    return to_raw_gradient<Vec>(grad, z, Vec(logit_scale), softcap != T(0), Vec(inverse_cap()));
   }
 };
 

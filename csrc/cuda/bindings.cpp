@@ -18,6 +18,7 @@
 #include <limits>
 #include <mutex>
 #include <optional>
+#include <type_traits>
 #include <unordered_map>
 
 #include "rows.h"
@@ -27,6 +28,8 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kMaxColumns = std::numeric_limits<int>::max() / 2;
 
 // Storage types of the kernels, by torch's.
 template <class scalar_t>
@@ -54,8 +57,7 @@ Device device_of(int index) {
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index));
     return value;
   };
-  const bool clusters =
-      attribute(cudaDevAttrComputeCapabilityMajor) >= 9 && loss_has_clusters<bf16>();
+  const bool clusters = attribute(cudaDevAttrClusterLaunch) != 0 && loss_has_clusters<bf16>();
   const Device device{
       attribute(cudaDevAttrMultiProcessorCount),
       attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
@@ -86,6 +88,18 @@ void check_matrix(const Tensor& t, const char* name, at::ScalarType dtype, const
       t.device() == logits.device(), name, " is on ", t.device(), ", logits on ", logits.device());
 }
 
+// An output: a matrix like the logits, of their dtype, or narrower where they are float32.
+void check_out(const Tensor& out, const Tensor& logits) {
+  const bool narrows = logits.scalar_type() == at::kFloat &&
+                       (out.scalar_type() == at::kBFloat16 || out.scalar_type() == at::kHalf);
+  check_matrix(out, "out", narrows ? out.scalar_type() : logits.scalar_type(), logits);
+}
+
+// Whether out shares the logits' memory and is narrower than they are.
+bool narrows_in_place(const Tensor& out, const Tensor& logits) {
+  return out.element_size() < logits.element_size() && out.is_alias_of(logits);
+}
+
 template <class U>
 const U* pointer(const OptionalTensor& t) {
   return t.has_value() ? t->const_data_ptr<U>() : nullptr;
@@ -105,8 +119,8 @@ struct Shared {
     constexpr auto type = c10::CppTypeToScalarType<T>::value;
     const int64_t rows = logits.size(0), cols = logits.size(1);
     TORCH_CHECK_VALUE(
-        cols <= std::numeric_limits<int>::max() / 2 && rows <= std::numeric_limits<int>::max() / 8,
-        "logits have shape ", logits.sizes(), ", more than a launch can take");
+        cols <= kMaxColumns && rows <= std::numeric_limits<int>::max() / 8, "logits have shape ",
+        logits.sizes(), ", more than a launch can take");
     int64_t topk = 0;
     if (index.has_value()) check(*index, "index", {rows}, at::kLong, logits);
     if (dense.has_value()) check_matrix(*dense, "dense", type, logits);
@@ -166,6 +180,16 @@ void dispatch(const Tensor& logits, F f) {
   });
 }
 
+// The same for the dtype of an output, which check_out has seen.
+template <class scalar_t, class F>
+void dispatch_out(const Tensor& out, F f) {
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    if (out.scalar_type() == at::kBFloat16) return f.template operator()<bf16>();
+    if (out.scalar_type() == at::kHalf) return f.template operator()<fp16>();
+  }
+  f.template operator()<scalar_t>();
+}
+
 void row_stats_op(
     const Tensor& logits, Tensor& partial, Tensor& argmax, int64_t offset,
     const OptionalTensor& index, const OptionalTensor& dense, const OptionalTensor& topk_index,
@@ -200,17 +224,22 @@ void row_grad_op(
     double logit_scale, std::optional<double> softcap) {
   const Shared shared{logits,    offset, index,  dense,       topk_index,
                       topk_prob, bias,   active, logit_scale, softcap};
-  check_matrix(out, "out", logits.scalar_type(), logits);
+  check_out(out, logits);
   dispatch(logits, [&]<class scalar_t>() {
     using T = Arithmetic<scalar_t>;
     constexpr auto type = c10::CppTypeToScalarType<T>::value;
     const RowArgs<scalar_t> args = shared.args<scalar_t>();
     check(norm, "norm", {2, args.rows}, type, logits);
     check(coef, "coef", {kCoefficients, args.rows}, type, logits);
-    succeed(row_grad(
-        args, static_cast<scalar_t*>(out.data_ptr()), out.stride(0), norm.const_data_ptr<T>(),
-        coef.const_data_ptr<T>(), plan_grad<scalar_t>(args.cols),
-        c10::cuda::getCurrentCUDAStream()));
+    TORCH_CHECK_VALUE(
+        !narrows_in_place(out, logits), "out is ", out.scalar_type(),
+        ", narrower than the logits, ", "so it may not share their memory");
+    dispatch_out<scalar_t>(out, [&]<class out_t>() {
+      succeed(row_grad(
+          args, static_cast<out_t*>(out.data_ptr()), out.stride(0), norm.const_data_ptr<T>(),
+          coef.const_data_ptr<T>(), plan_grad<scalar_t>(args.cols),
+          c10::cuda::getCurrentCUDAStream()));
+    });
   });
 }
 
@@ -221,7 +250,7 @@ void row_loss_grad_op(
     double logit_scale, std::optional<double> softcap) {
   const Shared shared{logits,    0,    index,  dense,       topk_index,
                       topk_prob, bias, active, logit_scale, softcap};
-  check_matrix(out, "out", logits.scalar_type(), logits);
+  check_out(out, logits);
   dispatch(logits, [&]<class scalar_t>() {
     using T = Arithmetic<scalar_t>;
     constexpr auto type = c10::CppTypeToScalarType<T>::value;
@@ -232,11 +261,33 @@ void row_loss_grad_op(
     const LossPlan plan = plan_loss<scalar_t>(
         args.rows, args.cols, loss_fixed_bytes<scalar_t>(args.sparse()),
         device_of(logits.get_device()));
-    succeed(row_loss_grad(
-        args, static_cast<scalar_t*>(out.data_ptr()), out.stride(0), partial.data_ptr<T>(),
-        argmax.data_ptr<int64_t>(), upstream.const_data_ptr<T>(), plan,
-        c10::cuda::getCurrentCUDAStream()));
+    TORCH_CHECK_VALUE(
+        !narrows_in_place(out, logits) ||
+            (plan.whole && out.const_data_ptr() == logits.const_data_ptr() &&
+             out.stride(0) * out.element_size() == logits.stride(0) * logits.element_size()),
+        "out is ", out.scalar_type(),
+        ", narrower than the logits, so it may share their memory only ",
+        "at the front of each row, and only where a row's ", args.cols,
+        " logits are kept in shared memory");
+    dispatch_out<scalar_t>(out, [&]<class out_t>() {
+      succeed(row_loss_grad(
+          args, static_cast<out_t*>(out.data_ptr()), out.stride(0), partial.data_ptr<T>(),
+          argmax.data_ptr<int64_t>(), upstream.const_data_ptr<T>(), plan,
+          c10::cuda::getCurrentCUDAStream()));
+    });
   });
+}
+
+// Whether row_loss_grad is the better way for whole rows of float32 or (wide) float64 logits with
+// so many sparse targets each, on a device. Asks nothing of the device but its properties, once.
+bool fuses_on(int64_t rows, int64_t cols, int64_t sparse, bool wide, int device) {
+  if (rows == 0 || cols == 0 || cols > kMaxColumns || sparse > kMaxTopk) return false;
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  const auto ask = [&]<class scalar_t>() {
+    const int fixed = loss_fixed_bytes<scalar_t>(static_cast<int>(sparse));
+    return fuses<scalar_t>(rows, static_cast<int>(cols), fixed, device_of(device));
+  };
+  return wide ? ask.operator()<double>() : ask.operator()<float>();
 }
 
 }  // namespace
@@ -252,4 +303,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Tightrope's CUDA row kernels.";
   m.attr("architectures") = TIGHTROPE_CUDA_ARCHITECTURES;
   m.attr("max_topk") = tightrope::cuda::kMaxTopk;
+  m.def(
+      "fuses", tightrope::cuda::fuses_on, pybind11::arg("rows"), pybind11::arg("cols"),
+      pybind11::arg("sparse"), pybind11::arg("wide"), pybind11::arg("device"),
+      "Whether row_loss_grad beats row_stats and row_grad for whole rows, on a device.");
 }

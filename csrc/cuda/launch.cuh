@@ -28,8 +28,16 @@ template <class... P, class... A>
 int launch(void (*kernel)(P...), const Shape& shape, CUstream_st* stream, const A&... args) {
   constexpr int kWithoutOptIn = 48 << 10;
   if (shape.shared > kWithoutOptIn) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared);
+    // To the most that a block can have, whatever this launch needs: another thread, which launches
+    // the same kernel between these calls and the launch, must not lower it.
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config{};
@@ -64,13 +72,12 @@ int row_stats(
       args.active);
 }
 
-template <class scalar_t>
+template <class scalar_t, class out_t>
 int row_grad(
-    const RowArgs<scalar_t>& args, scalar_t* out, int64_t out_stride,
-    const Arithmetic<scalar_t>* norm, const Arithmetic<scalar_t>* coef, const Runs& runs,
-    CUstream_st* stream) {
-  const auto kernel =
-      args.plain() ? row_grad_kernel<scalar_t, true> : row_grad_kernel<scalar_t, false>;
+    const RowArgs<scalar_t>& args, out_t* out, int64_t out_stride, const Arithmetic<scalar_t>* norm,
+    const Arithmetic<scalar_t>* coef, const Runs& runs, CUstream_st* stream) {
+  const auto kernel = args.plain() ? row_grad_kernel<scalar_t, out_t, true>
+                                   : row_grad_kernel<scalar_t, out_t, false>;
   const Shape shape{
       args.rows, runs.count, runs.threads, 1, staged_bytes<Arithmetic<scalar_t>>(args.sparse())};
   return launch(kernel, shape, stream, args, out, out_stride, norm, coef, runs.columns);
@@ -87,18 +94,18 @@ bool loss_has_clusters() {
   return true;
 #else
   cudaFuncAttributes attributes{};
-  const auto kernel = row_loss_grad_kernel<scalar_t, true>;
+  const auto kernel = row_loss_grad_kernel<scalar_t, scalar_t, true>;
   return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
 #endif
 }
 
-template <class scalar_t>
+template <class scalar_t, class out_t>
 int row_loss_grad(
-    const RowArgs<scalar_t>& args, scalar_t* out, int64_t out_stride, Arithmetic<scalar_t>* partial,
+    const RowArgs<scalar_t>& args, out_t* out, int64_t out_stride, Arithmetic<scalar_t>* partial,
     int64_t* argmax, const Arithmetic<scalar_t>* upstream, const LossPlan& plan,
     CUstream_st* stream) {
-  const auto kernel =
-      args.plain() ? row_loss_grad_kernel<scalar_t, true> : row_loss_grad_kernel<scalar_t, false>;
+  const auto kernel = args.plain() ? row_loss_grad_kernel<scalar_t, out_t, true>
+                                   : row_loss_grad_kernel<scalar_t, out_t, false>;
   const int cluster = plan.runs.count;
   const Shape shape{args.rows * cluster, 1, plan.runs.threads, cluster, plan.shared};
   return launch(
@@ -112,12 +119,17 @@ int row_loss_grad(
   namespace tightrope::cuda {                                                                      \
   template int row_stats<scalar_t>(                                                                \
       const RowArgs<scalar_t>&, const StatsOut<Arithmetic<scalar_t>>&, const Runs&, CUstream_st*); \
-  template int row_grad<scalar_t>(                                                                 \
-      const RowArgs<scalar_t>&, scalar_t*, int64_t, const Arithmetic<scalar_t>*,                   \
-      const Arithmetic<scalar_t>*, const Runs&, CUstream_st*);                                     \
   template int loss_fixed_bytes<scalar_t>(int);                                                    \
   template bool loss_has_clusters<scalar_t>();                                                     \
-  template int row_loss_grad<scalar_t>(                                                            \
-      const RowArgs<scalar_t>&, scalar_t*, int64_t, Arithmetic<scalar_t>*, int64_t*,               \
-      const Arithmetic<scalar_t>*, const LossPlan&, CUstream_st*);                                 \
+  }                                                                                                \
+  TIGHTROPE_INSTANTIATE_GRADIENTS(scalar_t, scalar_t)
+
+#define TIGHTROPE_INSTANTIATE_GRADIENTS(scalar_t, out_t)                          \
+  namespace tightrope::cuda {                                                     \
+  template int row_grad<scalar_t, out_t>(                                         \
+      const RowArgs<scalar_t>&, out_t*, int64_t, const Arithmetic<scalar_t>*,     \
+      const Arithmetic<scalar_t>*, const Runs&, CUstream_st*);                    \
+  template int row_loss_grad<scalar_t, out_t>(                                    \
+      const RowArgs<scalar_t>&, out_t*, int64_t, Arithmetic<scalar_t>*, int64_t*, \
+      const Arithmetic<scalar_t>*, const LossPlan&, CUstream_st*);                \
   }

@@ -59,11 +59,11 @@ TIGHTROPE_DEVICE void transform(const Args& a, int column, T* z) {
 #pragma unroll
       for (int k = 0; k < N; ++k) z[k] += bias[k];
     }
+    const bool capped = a.softcap != T(0);
+    const auto tanh = [](T u) { return std::tanh(u); };
 #pragma unroll
-    for (int k = 0; k < N; ++k) z[k] *= a.logit_scale;
-    if (a.softcap != T(0)) {
-#pragma unroll
-      for (int k = 0; k < N; ++k) z[k] = a.softcap * std::tanh(z[k] * a.inverse_softcap);
+    for (int k = 0; k < N; ++k) {
+      z[k] = to_logit<T>(z[k], a.logit_scale, capped, a.softcap, a.inverse_softcap, tanh);
     }
   }
 }

@@ -1,5 +1,5 @@
 // row_grad: writes the gradient of a tile of logits, in place or elsewhere: one read and one write
-// of each entry.
+// of each entry. Elsewhere it may be narrower than the logits: bfloat16 or float16 of float32.
 //
 // Entries are independent, so a row is cut into as many runs as fill the device. Entries that a
 // sparse target names are staged in shared memory before anything is written, and written once more
@@ -39,8 +39,7 @@ TIGHTROPE_DEVICE void gradients(
     if (has_mass) g += target_gradient(mass[k], p, c);
     if (has_logit_term) g += c.logit == T(0) ? c.constant : logit_gradient(z[k], c);
     if constexpr (!kPlain) {
-      g *= a.logit_scale;
-      if (a.softcap != T(0)) g *= softcap_slope(z[k], a.inverse_softcap);
+      g = to_raw_gradient<T>(g, z[k], a.logit_scale, a.softcap != T(0), a.inverse_softcap);
     }
     z[k] = g;
   }
@@ -48,10 +47,10 @@ TIGHTROPE_DEVICE void gradients(
 
 // Gradients of one vector of raw values, whose first entry is `column`, to `out`. wide: out is
 // aligned.
-template <bool kPlain, class scalar_t, class T>
+template <bool kPlain, class scalar_t, class out_t, class T>
 TIGHTROPE_DEVICE void write_vector(
     const RowArgs<scalar_t>& a, const Form<T>& form, const Vector& raw, int column, const T* dense,
-    scalar_t* out, bool wide) {
+    out_t* out, bool wide) {
   constexpr int kPer = kLanes<scalar_t>;
   T z[kPer];
   unpack<scalar_t>(raw, z);
@@ -60,25 +59,17 @@ TIGHTROPE_DEVICE void write_vector(
   T b[kPer];
   if (has_mass) load_run<kPer>(dense + column, b);
   gradients<kPlain, kPer>(a, form, z, has_mass, b);
-  const Vector packed = pack<scalar_t>(z);
-  if (wide) {
-    store_vector(out, packed);
-  } else {
-    scalar_t lanes[kPer];
-    memcpy(lanes, &packed, sizeof(packed));
-#pragma unroll
-    for (int k = 0; k < kPer; ++k) store_one(out + k, lanes[k]);
-  }
+  store_run<kPer>(out, z, wide);
 }
 
 // Gradients of a run that starts at column `begin`. source(vector) gives a vector's raw values; out
 // is the run's first output and may be the logits themselves: a thread reads what it writes.
 // kAhead: vectors that a thread reads before it writes the first.
-template <bool kPlain, int kAhead, class scalar_t, class T, class Source>
+template <bool kPlain, int kAhead, class scalar_t, class out_t, class T, class Source>
 TIGHTROPE_DEVICE void write_gradients(
     const RowArgs<scalar_t>& a, const Form<T>& form, int begin, const Span<scalar_t>& span,
-    const T* dense, scalar_t edge, scalar_t* out, Source source) {
-  const bool wide = aligned(out + span.head);
+    const T* dense, scalar_t edge, out_t* out, Source source) {
+  const bool wide = aligned(out + span.head, kLanes<scalar_t> * sizeof(out_t));
   const int step = blockDim.x;
   int v = threadIdx.x;
   for (; v + (kAhead - 1) * step < span.vectors; v += kAhead * step) {
@@ -102,17 +93,17 @@ TIGHTROPE_DEVICE void write_gradients(
     const bool has_mass = !kPlain && dense != nullptr;
     if (has_mass) b = dense[begin + column];
     gradients<kPlain, 1>(a, form, &z, has_mass, &b);
-    scalar_t g;
+    out_t g;
     narrow(z, &g);
     store_one(out + column, g);
   }
 }
 
 // Writes the staged entries again, with their target mass. The first of equal indices adds up all.
-template <bool kPlain, class scalar_t, class T>
+template <bool kPlain, class scalar_t, class out_t, class T>
 TIGHTROPE_DEVICE void write_sparse(
     const RowArgs<scalar_t>& a, const Form<T>& form, int64_t row, const Staged<T>& staged,
-    scalar_t* out) {
+    out_t* out) {
   for (int k = threadIdx.x; k < a.sparse(); k += blockDim.x) {
     const int column = staged.column[k];
     if (column < 0) continue;
@@ -126,7 +117,7 @@ TIGHTROPE_DEVICE void write_sparse(
     if (!first) continue;
     T z = staged.z[k];
     gradients<kPlain, 1>(a, form, &z, true, &mass);
-    scalar_t g;
+    out_t g;
     narrow(z, &g);
     store_one(out + column, g);
   }
@@ -145,16 +136,16 @@ TIGHTROPE_DEVICE void write_zeros(scalar_t* out, int n) {
 }
 
 // grid: rows x runs of `run` columns. norm [2, rows], coef [kCoefficients, rows].
-template <class scalar_t, bool kPlain>
+template <class scalar_t, class out_t, bool kPlain>
 __global__ void __launch_bounds__(kGradThreads, kLean<scalar_t, kPlain> ? 4 : 2) row_grad_kernel(
-    const RowArgs<scalar_t> a, scalar_t* out, int64_t out_stride, const Arithmetic<scalar_t>* norm,
+    const RowArgs<scalar_t> a, out_t* out, int64_t out_stride, const Arithmetic<scalar_t>* norm,
     const Arithmetic<scalar_t>* coef, int run) {
   using T = Arithmetic<scalar_t>;
   constexpr int kPer = kLanes<scalar_t>;
   const int64_t row = blockIdx.x;
   const int begin = blockIdx.y * run;
   const int end = a.cols - begin < run ? a.cols : begin + run;
-  scalar_t* out_row = out + row * out_stride;
+  out_t* out_row = out + row * out_stride;
   if (a.active != nullptr && !a.active[row]) {
     write_zeros(out_row + begin, end - begin);
     return;

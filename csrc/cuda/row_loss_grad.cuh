@@ -6,7 +6,9 @@
 // while it takes the statistics. The blocks of a cluster read each other's statistics through
 // distributed shared memory, every one in the same order, so all hold the same bits and none sends
 // anything back. The gradient pass then reads shared memory. What does not fit is read again: so
-// soon after the first time that it comes out of L2. The kernel knows no loss: it is given a row's
+// soon after the first time that it comes out of L2. Where all of a row is kept, nothing of it is
+// read after the first write to it, by any block: then a narrower gradient may lie in the memory of
+// the logits, at the front of each row. The kernel knows no loss: it is given a row's
 // upstream gradients as the small functions of the statistics in `Upstream` (row_math.h).
 //
 // Occupancy: 512 threads and two blocks an SM, so at most 64 registers a thread (the general
@@ -62,10 +64,10 @@ TIGHTROPE_DEVICE Part<T> cluster_reduce(const Part<T>& mine, Part<T>* block, int
 
 // grid: rows * cluster blocks, clusters along x; a block takes `run` columns and keeps at most
 // `kept` vectors. partial [kPartialFields, rows] and argmax [rows] are written, not merged into.
-template <class scalar_t, bool kPlain>
+template <class scalar_t, class out_t, bool kPlain>
 __global__ void __launch_bounds__(kLossThreads, kLean<scalar_t, kPlain> ? 2 : 1)
     row_loss_grad_kernel(
-        const RowArgs<scalar_t> a, scalar_t* out, int64_t out_stride, Arithmetic<scalar_t>* partial,
+        const RowArgs<scalar_t> a, out_t* out, int64_t out_stride, Arithmetic<scalar_t>* partial,
         int64_t* argmax, const Arithmetic<scalar_t>* upstream, int cluster, int run, int kept) {
   using T = Arithmetic<scalar_t>;
   constexpr int kPer = kLanes<scalar_t>;
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(kLossThreads, kLean<scalar_t, kPlain> ? 2 : 1)
   __syncthreads();
   const Form<T> form = shared->form;
   const scalar_t* body = start + span.head;
-  scalar_t* out_row = out + row * out_stride;
+  out_t* out_row = out + row * out_stride;
   // A thread reads the vectors that it kept itself. Shared memory is near: two at a time are
   // enough.
   write_gradients<kPlain, 2>(a, form, begin, span, dense, edge, out_row + begin, [=](int v) {

@@ -132,6 +132,7 @@ struct LossPlan {
   Runs runs;   // count: blocks of a cluster, a power of two
   int kept;    // vectors that a block keeps in shared memory
   int shared;  // bytes of shared memory of a block
+  bool whole;  // all of them are kept
 };
 
 // row_loss_grad. fixed: bytes of shared memory beside the vectors. A block may use half of an SM's,
@@ -158,7 +159,20 @@ LossPlan plan_loss(int64_t rows, int cols, int fixed, const Device& device) {
   const int kept = std::min(room, vectors(cluster));
   const int columns = ((cols + cluster - 1) / cluster + 255) / 256 * 256;
   const int threads = fitting_threads(columns, kLanesHere, kLossThreads);
-  return {{threads, cluster, columns}, kept, fixed + kept * kVectorBytes};
+  return {{threads, cluster, columns}, kept, fixed + kept * kVectorBytes, kept == vectors(cluster)};
+}
+
+// Whether row_loss_grad is the better way for whole rows than row_stats and row_grad. It must read
+// each logit once: a row that is read again, so long after the first time that an L2 of the
+// device's size has lost most of it, gains nothing. And it moves two bytes at least where the
+// others move three, so it must keep two thirds of the processors busy that row_stats would, which
+// cuts few rows into more runs than a cluster has blocks.
+template <class scalar_t>
+bool fuses(int64_t rows, int cols, int fixed, const Device& device) {
+  const LossPlan plan = plan_loss<scalar_t>(rows, cols, fixed, device);
+  const auto busy = [&](int runs) { return std::min<int64_t>(device.sms, rows * runs); };
+  const int apart = plan_stats<scalar_t>(rows, cols, device).count;
+  return plan.whole && 3 * busy(plan.runs.count) >= 2 * busy(apart);
 }
 
 // The launchers: on the current device, in `stream`; the result is a cudaError_t. rows and cols are
@@ -168,12 +182,12 @@ int row_stats(
     const RowArgs<scalar_t>& args, const StatsOut<Arithmetic<scalar_t>>& out, const Runs& runs,
     CUstream_st* stream);
 
-// norm [2, rows], coef [kCoefficients, rows]
-template <class scalar_t>
+// norm [2, rows], coef [kCoefficients, rows]. out_t: scalar_t, or for float also bf16 and fp16;
+// then `out` may not share the memory of the logits.
+template <class scalar_t, class out_t>
 int row_grad(
-    const RowArgs<scalar_t>& args, scalar_t* out, int64_t out_stride,
-    const Arithmetic<scalar_t>* norm, const Arithmetic<scalar_t>* coef, const Runs& runs,
-    CUstream_st* stream);
+    const RowArgs<scalar_t>& args, out_t* out, int64_t out_stride, const Arithmetic<scalar_t>* norm,
+    const Arithmetic<scalar_t>* coef, const Runs& runs, CUstream_st* stream);
 
 // Bytes of shared memory of row_loss_grad beside the vectors that it keeps.
 template <class scalar_t>
@@ -185,9 +199,11 @@ template <class scalar_t>
 bool loss_has_clusters();
 
 // upstream [kUpstreamFields, rows]; partial [kPartialFields, rows] and argmax [rows] are written.
-template <class scalar_t>
+// out_t: as in row_grad; but under a plan that keeps whole rows, narrower gradients of a row may
+// lie at the front of its logits.
+template <class scalar_t, class out_t>
 int row_loss_grad(
-    const RowArgs<scalar_t>& args, scalar_t* out, int64_t out_stride, Arithmetic<scalar_t>* partial,
+    const RowArgs<scalar_t>& args, out_t* out, int64_t out_stride, Arithmetic<scalar_t>* partial,
     int64_t* argmax, const Arithmetic<scalar_t>* upstream, const LossPlan& plan,
     CUstream_st* stream);
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "rows.h"
 
@@ -100,7 +101,7 @@ struct alignas(kVectorBytes) Vector {
   uint32_t word[4];
 };
 
-// Every access of the kernels to logits and gradients in global memory is one of these four.
+// Every access of the kernels to logits and gradients in global memory is one of these five.
 TIGHTROPE_DEVICE Vector load_vector(const void* from) {
 #if defined(TIGHTROPE_SIMT)
   simt::traffic.read += kVectorBytes;
@@ -118,6 +119,18 @@ TIGHTROPE_DEVICE void store_vector(void* to, const Vector& v) {
   *static_cast<uint4*>(to) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 #endif
 }
+// Two of these are a vector: what four float32 values become when they are narrowed.
+struct alignas(kVectorBytes / 2) HalfVector {
+  uint32_t word[2];
+};
+TIGHTROPE_DEVICE void store_vector(void* to, const HalfVector& v) {
+#if defined(TIGHTROPE_SIMT)
+  simt::traffic.written += sizeof(v);
+  *static_cast<HalfVector*>(to) = v;
+#else
+  *static_cast<uint2*>(to) = make_uint2(v.word[0], v.word[1]);
+#endif
+}
 template <class scalar_t>
 TIGHTROPE_DEVICE scalar_t load_one(const scalar_t* from) {
 #if defined(TIGHTROPE_SIMT)
@@ -133,8 +146,8 @@ TIGHTROPE_DEVICE void store_one(scalar_t* to, scalar_t value) {
   *to = value;
 }
 
-TIGHTROPE_DEVICE bool aligned(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
+TIGHTROPE_DEVICE bool aligned(const void* p, int bytes = kVectorBytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }
 
 // The lanes of a vector, in the type of the arithmetic.
@@ -145,14 +158,23 @@ TIGHTROPE_DEVICE void unpack(const Vector& v, T* out) {
 #pragma unroll
   for (int k = 0; k < kLanes<scalar_t>; ++k) out[k] = widen(lanes[k]);
 }
-template <class scalar_t, class T>
-TIGHTROPE_DEVICE Vector pack(const T* values) {
-  scalar_t lanes[kLanes<scalar_t>];
+
+// The gradients of a vector's N lanes to storage. wide: `to` is aligned to all of them.
+template <int N, class out_t, class T>
+TIGHTROPE_DEVICE void store_run(out_t* to, const T* values, bool wide) {
+  using Packed = std::conditional_t<N * sizeof(out_t) == kVectorBytes, Vector, HalfVector>;
+  static_assert(sizeof(Packed) == N * sizeof(out_t));
+  out_t lanes[N];
 #pragma unroll
-  for (int k = 0; k < kLanes<scalar_t>; ++k) narrow(values[k], &lanes[k]);
-  Vector v;
-  memcpy(&v, lanes, sizeof(v));
-  return v;
+  for (int k = 0; k < N; ++k) narrow(values[k], &lanes[k]);
+  if (wide) {
+    Packed packed;
+    memcpy(&packed, lanes, sizeof(packed));
+    store_vector(to, packed);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) store_one(to + k, lanes[k]);
+  }
 }
 
 // N consecutive values of a bias or of a dense target, which may be aligned in another way than the

@@ -28,6 +28,8 @@ def may_read(values: Tensor) -> bool:
 class TopKTarget(NamedTuple):
     """A sparse target distribution: the k entries of each token that carry mass.
 
+    K is at most 2048 where the CUDA C++ row kernels serve; more is a ValueError there.
+
     Args:
         indices: ``(..., K)`` integers in ``[0, V)``. An entry equal to ``ignore_index`` carries nothing; a
             token whose entries are all ignored is an ignored token. A repeated index adds up.

@@ -3,6 +3,8 @@
 pytest -m gpu tests/gpu
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,8 +13,12 @@ from helpers import rand
 from row_cases import (
     BF16,
     DTYPES,
+    F16,
+    F32,
+    F64,
     HOSTILE,
     KINDS,
+    ROWS,
     TERMS,
     TRANSFORMS,
     Case,
@@ -70,6 +76,23 @@ def test_every_size(dtype, kind):
             check_loss_grad(case, Gpu(), in_place=i % 2 == 1, **TERMS[i % len(TERMS)])
 
 
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("narrow", [BF16, F16], ids=str)
+def test_gradients_narrower_than_the_logits(narrow, kind):
+    """Also at the front of the logits' own rows, where those are kept: longer ones are refused."""
+    for i, vocab in enumerate((1, 7, 257, 9001, 40_001)):
+        case = Case(F32, vocab, kind, seed=i, gap=i % 3, lead=i % 8, **TRANSFORMS[i % len(TRANSFORMS)])
+        check_grad(case, Gpu(), check_stats(case, Gpu()), False, 1, (i + i % 2) % 8, narrow)
+        check_loss_grad(case, Gpu(), in_place=i % 2 == 0, narrow=narrow, **TERMS[i % len(TERMS)])
+    case = Case(F32, 1_000_000, "index")
+    with pytest.raises(ValueError, match="narrower than the logits"):
+        check_loss_grad(case, Gpu(), in_place=True, narrow=narrow)
+    check_loss_grad(case, Gpu(), in_place=False, narrow=narrow)
+    summary = torch.zeros(11, ROWS)
+    with pytest.raises(ValueError, match="narrower than the logits"):
+        Gpu().row_grad(case.logits, case.front(narrow)[0], summary[:2], summary[:7], *case.tail())
+
+
 @pytest.mark.parametrize("how", HOSTILE[1:])
 def test_hostile_rows(how):
     for dtype in DTYPES:
@@ -105,9 +128,128 @@ def test_the_public_functions(strategy):
     assert backends.resolve(None, torch.device("cuda")).name == "cuda"
 
 
+@pytest.fixture
+def launches(monkeypatch):
+    """The fused launches of the chunked strategy: (logits, out) each."""
+    made, cuda = [], backends.BACKENDS["cuda"]
+
+    def launch(logits, out, *rest):
+        made.append((logits, out))
+        cuda.row_loss_grad(logits, out, *rest)
+
+    monkeypatch.setitem(backends.BACKENDS, "cuda", replace(cuda, row_loss_grad=launch))
+    return made
+
+
+def step(dtype, rows, vocab, **options):
+    """Loss and gradients by the chunked strategy, and the leaves and target on the CPU."""
+    make = torch.Generator().manual_seed(vocab)
+    hidden, weight = (torch.randn(n, 136, generator=make) for n in (rows, vocab))
+    leaves = [(hidden * 2).to(dtype), (weight / 12).to(dtype), torch.randn(vocab, generator=make).to(dtype)]
+    target = torch.randint(vocab, (rows,), generator=make)
+    target[::7] = -100
+    there = [t.cuda().requires_grad_() for t in leaves]
+    options = {"strategy": "chunked", "backend": "cuda", **options}
+    loss = tightrope.linear_reality_creativity_loss(*there[:2], target.cuda(), there[2], **options)
+    return [loss.detach(), *torch.autograd.grad(loss, there)], leaves, target
+
+
+TERM = {"balance": 0.3, "z_loss": 1e-3, "softcap": 30.0}
+
+
+@pytest.mark.parametrize(("dtype", "step_size"), [(F64, 1e-10), (F32, 2e-5), (BF16, 2e-2), (F16, 3e-3)])
+@pytest.mark.parametrize("vocab", [4099, 32_001])
+def test_the_fused_chunked_strategy(dtype, step_size, vocab, launches):
+    """Against the reference; several chunks, rows that are masked, gradients in the logits' memory."""
+    options = {"skip_ignored": False, "workspace_mb": 256 * (vocab + 31) * 4 / 2**20, **TERM}
+    actual, leaves, target = step(dtype, 700, vocab, **options)
+    exact = [t.double().requires_grad_() for t in leaves]
+    loss = reference.linear_reality_creativity_loss(*exact[:2], target, exact[2], **TERM)
+    for ours, theirs in zip(actual, (loss, *torch.autograd.grad(loss, exact))):
+        assert (ours.double().cpu() - theirs).norm() <= step_size * theirs.norm()
+    if dtype == F16:
+        assert not launches  # its scale is found from the coefficients
+    elif dtype != F64 and backends.BACKENDS["cuda"].fuses(256, vocab, 1, F32, torch.device("cuda", 0)):
+        assert len(launches) >= 3
+        assert all(out.data_ptr() == logits.data_ptr() for logits, out in launches)
+
+
+def test_the_fused_chunked_strategy_waits_for_nothing_and_repeats(launches):
+    options = {"skip_ignored": False, **TERM}
+    first, *_ = step(BF16, 512, 4099, **options)
+    torch.cuda.synchronize()
+    assert launches
+    hidden, weight = (torch.randn(n, 136, device="cuda", dtype=BF16, requires_grad=True) for n in (512, 4099))
+    target = torch.randint(4099, (512,), device="cuda")
+    options |= {"strategy": "chunked", "backend": "cuda"}
+
+    def run():
+        loss = tightrope.linear_reality_creativity_loss(hidden, weight, target, **options)
+        return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        eager = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, eager))
+    again, *_ = step(BF16, 512, 4099, skip_ignored=False, **TERM)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+def test_memory_of_the_fused_chunked_strategy(launches):
+    """The formula of docs/gpu.md; a row's logits are kept on every GPU that is served."""
+    rows, width, vocab, workspace = 8192, 1024, 32_000, 128
+    hidden = torch.randn(rows, width, device="cuda", dtype=BF16, requires_grad=True)
+    weight = torch.randn(vocab, width, device="cuda", dtype=BF16, requires_grad=True)
+    target = torch.randint(vocab, (rows,), device="cuda")
+    options = {"strategy": "chunked", "backend": "cuda", "workspace_mb": workspace}
+
+    def run():
+        loss = tightrope.linear_reality_creativity_loss(hidden, weight, target, **options)
+        return torch.autograd.grad(loss, (hidden, weight))
+
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = run()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before - sum(t.nbytes for t in results)
+    assert launches
+    allowed = workspace * 2**20 + 4 * vocab * width + 4 * rows * width + 200 * rows
+    assert peak <= allowed * 1.02
+
+
+def test_empty_rows_and_other_devices():
+    """No rows: nothing is launched. A device that is not the current one has its own stream and guard."""
+    target = torch.zeros(0, dtype=torch.int64, device="cuda")
+    partial, argmax = loss_grad(torch.empty(0, 77, device="cuda"), target, torch.empty(11, 0, device="cuda"))
+    assert (partial.shape, argmax.shape) == ((11, 0), (0,))
+    if torch.cuda.device_count() < 2:
+        return
+    logits = torch.randn(64, 50_257, device="cuda:0")
+    target, upstream = torch.randint(50_257, (64,), device="cuda:0"), torch.rand(11, 64, device="cuda:0")
+    there = [t.to("cuda:1") for t in (logits, target, upstream)]
+    expected = loss_grad(logits, target, upstream)
+    assert torch.cuda.current_device() == 0
+    for a, b in zip((*loss_grad(*there), there[0]), (*expected, logits)):
+        assert torch.equal(a.cpu(), b.cpu())
+
+
 def loss_grad(logits, target, upstream):
-    partial = torch.empty(11, logits.shape[0], device="cuda")
-    argmax = torch.empty(logits.shape[0], dtype=torch.int64, device="cuda")
+    partial = torch.empty(11, logits.shape[0], device=logits.device)
+    argmax = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     torch.ops.tightrope.row_loss_grad(
         logits, logits, partial, argmax, upstream, target, *(None,) * 5, 1.0, None
     )
@@ -121,6 +263,7 @@ def test_in_a_cuda_graph_and_on_another_stream():
     eager = logits.clone()
     expected = loss_grad(eager, target, upstream)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         torch.cuda._sleep(10_000_000)  # work on the stream before: a launch elsewhere would not wait
         elsewhere = logits.clone()

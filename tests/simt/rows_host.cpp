@@ -10,7 +10,7 @@ using namespace tightrope::cuda;
 
 // Mirrored by `Call` in tests/simt_rows.py.
 struct Call {
-  int64_t dtype;  // 0: bfloat16, 1: float16, 2: float32, 3: float64
+  int64_t dtype, out_dtype;  // 0: bfloat16, 1: float16, 2: float32, 3: float64
   int64_t seed, skip_barrier;
   int64_t sms, shared_per_sm, shared_per_block, clusters;
   int64_t threads;  // at most; 0: as planned
@@ -29,7 +29,7 @@ struct Call {
   int64_t out_stride;
   void *norm, *coef, *upstream, *partial;
   int64_t* argmax;
-  int64_t read, written, runs, kept, shared;  // results
+  int64_t read, written, runs, kept, shared, fuses;  // results
 };
 
 template <class scalar_t>
@@ -64,10 +64,12 @@ LossPlan loss_plan(Call& c) {
   c.runs = plan.runs.count;
   c.kept = plan.kept;
   c.shared = plan.shared;
+  c.fuses =
+      fuses<scalar_t>(c.rows, int(c.cols), loss_fixed_bytes<scalar_t>(sparse), device) ? 1 : 0;
   return plan;
 }
 
-template <class scalar_t>
+template <class scalar_t, class out_t>
 void run(int kernel, Call& c) {
   using T = Arithmetic<scalar_t>;
   const Device device{int(c.sms), int(c.shared_per_sm), int(c.shared_per_block), c.clusters != 0};
@@ -87,15 +89,24 @@ void run(int kernel, Call& c) {
     Runs runs = plan_grad<scalar_t>(args.cols);
     limit(runs);
     row_grad(
-        args, static_cast<scalar_t*>(c.out), c.out_stride, static_cast<const T*>(c.norm),
+        args, static_cast<out_t*>(c.out), c.out_stride, static_cast<const T*>(c.norm),
         static_cast<const T*>(c.coef), runs, nullptr);
   } else {
     LossPlan plan = loss_plan<scalar_t>(c);
     limit(plan.runs);
     row_loss_grad(
-        args, static_cast<scalar_t*>(c.out), c.out_stride, static_cast<T*>(c.partial), c.argmax,
+        args, static_cast<out_t*>(c.out), c.out_stride, static_cast<T*>(c.partial), c.argmax,
         static_cast<const T*>(c.upstream), plan, nullptr);
   }
+}
+
+template <class scalar_t>
+void run(int kernel, Call& c) {
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    if (c.out_dtype == 0) return run<float, bf16>(kernel, c);
+    if (c.out_dtype == 1) return run<float, fp16>(kernel, c);
+  }
+  run<scalar_t, scalar_t>(kernel, c);
 }
 
 extern "C" void simt_run(int kernel, Call* call) {
@@ -169,8 +180,8 @@ struct Buffer {
   U* data;
 };
 
-template <class scalar_t, class Bits>
-int exercise(int dtype, bool overrun) {
+template <class scalar_t, class Bits, class OutBits = Bits>
+int exercise(int dtype, bool overrun, int out_dtype) {
   using T = Arithmetic<scalar_t>;
   constexpr int64_t kRows = 2, kTopk = 3;
   int runs = 0;
@@ -178,7 +189,8 @@ int exercise(int dtype, bool overrun) {
     for (int variant = 0; variant < 4; ++variant) {
       const int64_t lead = (variant * 3 + cols) % 8, stride = cols + variant;
       const int64_t size = lead + stride + cols - (overrun ? 1 : 0);
-      Buffer<Bits> logits(size), out(size);
+      Buffer<Bits> logits(size);
+      Buffer<OutBits> out(size);
       Buffer<T> bias(cols), dense(kRows * cols), prob(kRows * kTopk), norm(2 * kRows);
       Buffer<T> coef(kCoefficients * kRows), upstream(kUpstreamFields * kRows);
       Buffer<T> partial(kPartialFields * kRows);
@@ -191,6 +203,7 @@ int exercise(int dtype, bool overrun) {
         for (int f = 0; f < kPartialFields * kRows; ++f) partial.data[f] = T(0);
         Call c{};
         c.dtype = dtype;
+        c.out_dtype = out_dtype;
         c.seed = variant;
         c.skip_barrier = -1;
         c.sms = variant % 2 == 0 ? 1 : 400;
@@ -203,7 +216,12 @@ int exercise(int dtype, bool overrun) {
         c.rows = kRows;
         c.cols = cols;
         c.logit_scale = 1;
-        c.out = (variant == 2 ? logits : out).data + lead;
+        c.out = out.data + lead;
+        // In place; a narrower gradient at the front of each row, where the row is kept.
+        if (variant == 2 && (kernel == 2 || sizeof(Bits) == sizeof(OutBits))) {
+          c.out = logits.data + lead;
+          c.out_stride = stride * int64_t(sizeof(Bits) / sizeof(OutBits));
+        }
         c.norm = norm.data;
         c.coef = coef.data;
         c.upstream = upstream.data;
@@ -225,8 +243,10 @@ int exercise(int dtype, bool overrun) {
 
 int main(int argc, char**) {
   const bool overrun = argc > 1;  // one entry too few: the sanitizer must see it
-  int runs = exercise<bf16, uint16_t>(0, overrun) + exercise<fp16, uint16_t>(1, overrun);
-  runs += exercise<float, float>(2, overrun) + exercise<double, double>(3, overrun);
+  int runs = exercise<bf16, uint16_t>(0, overrun, 0) + exercise<fp16, uint16_t>(1, overrun, 1);
+  runs += exercise<float, float>(2, overrun, 2) + exercise<double, double>(3, overrun, 3);
+  runs += exercise<float, float, uint16_t>(2, overrun, 0);
+  runs += exercise<float, float, uint16_t>(2, overrun, 1);
   std::printf("%d kernels ran\n", runs);
   return 0;
 }

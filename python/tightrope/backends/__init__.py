@@ -71,15 +71,23 @@ class Backend:
     row_stats: Callable[..., None]
     row_grad: Callable[..., None]
     row_loss_grad: Callable[..., None] = ops.row_loss_grad
+    # (rows, vocab_size, sparse targets a row, dtype of logits, device) -> whether row_loss_grad beats the two
+    # others for such whole rows, and may write a narrower gradient into the memory of the logits.
+    fuses: Callable[..., bool] = lambda rows, vocab_size, sparse, dtype, device: False
     stream_stats: Callable[..., None] | None = None
     stream_grad: Callable[..., None] | None = None
     serves_stream: Callable[..., bool] = lambda hidden, weight: False
     narrows: bool = False  # row_grad writes to an out of a narrower dtype than the logits
+    max_topk: int | None = None  # entries of a top-k target that the row primitives take; None: any number
     on_request: tuple[str, ...] = ()  # devices that it serves where it is asked for by name
 
     def serves(self, device: torch.device, asked: bool = False) -> bool:
         devices = self.devices + (self.on_request if asked else ())
         return self.available and (not self.devices or device.type in devices)
+
+
+def _cuda_fuses(rows: int, vocab_size: int, sparse: int, dtype: torch.dtype, device: torch.device) -> bool:
+    return _cuda_extension.fuses(rows, vocab_size, sparse, dtype == torch.float64, device.index)
 
 
 def _triton(primitive: str) -> Callable:
@@ -120,7 +128,10 @@ BACKENDS = {
             torch.ops.tightrope.row_stats,
             torch.ops.tightrope.row_grad,
             torch.ops.tightrope.row_loss_grad,
+            _cuda_fuses,
             **_STREAMING,
+            narrows=True,
+            max_topk=getattr(_cuda_extension, "max_topk", None),
         ),
         Backend(
             "triton",

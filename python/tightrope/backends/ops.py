@@ -9,7 +9,8 @@ into; index [R] int64 and topk_index [R, K] int64 count from the start of the vo
 topk_prob [R, K], bias [T]; active [R] bool: other rows keep their statistics and get zero gradients; norm
 [2, R] (max, log_sum) and coef [7, R] of whole rows; out [R, T], laid out as the logits are, which it may be.
 row_loss_grad takes whole rows: with upstream [11, R] (`RowUpstream`) it writes partial, argmax and out in one
-go. Arithmetic is float32, float64 for float64 logits; all but logits and out have that dtype.
+go; where the backend fuses, an out of a narrower dtype may have the front of each row's memory.
+Arithmetic is float32, float64 for float64 logits; all but logits and out have that dtype.
 """
 
 from __future__ import annotations

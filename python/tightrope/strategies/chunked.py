@@ -4,11 +4,14 @@ Per chunk, over tiles of the vocabulary: one GEMM makes a tile of logits in the 
 are taken while it is in cache; then, with the statistics whole and the loss's upstream gradients known, each
 tile becomes its gradient in place and goes into two GEMMs. Three GEMMs in all. The workspace holds a chunk's
 logits; dW is summed in float32 over the chunks and rounded once.
+
+Where the loss can name its upstream gradients before the statistics are known, and the backend says so, one
+launch over whole rows makes statistics and gradient, and each logit is read once (`Backend.fuses`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +27,8 @@ from .workspace import borrow
 # (statistics of a chunk's rows, the chunk) -> (loss of each row [n], upstream gradients of the statistics,
 # gradients of the loss's per-row arguments, [n, ...] each). Gradients include the weight of the row.
 Upstream = Callable[[RowStats, Chunk], tuple[Tensor, StatGrads, tuple[Tensor | None, ...]]]
+# The upstream gradients of a chunk's statistics as functions of these: [UPSTREAM, n] (`RowUpstream`).
+Ahead = Callable[[Chunk], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,13 @@ class ChunkedResult:
 
 
 def loss_and_gradients(
-    problem: LinearProblem, upstream: Upstream, needs: Needs, workspace: int
+    problem: LinearProblem, upstream: Upstream, needs: Needs, workspace: int, ahead: Ahead | None = None
 ) -> ChunkedResult:
     """The loss of every row and the gradients of their weighted sum, in one sweep over the rows.
 
-    workspace: bytes for a chunk's logits.
+    workspace: bytes for a chunk's logits. ahead: the gradients that upstream gives, for a fused kernel.
     """
+    problem.check_topk()
     dtype, device = problem.dtype, problem.input.device
     rows, vocab_size = problem.rows, problem.vocab_size
     summary, argmax = problem.empty_summary()
@@ -68,28 +74,59 @@ def loss_and_gradients(
     if needs.bias:
         result.bias = torch.zeros(vocab_size, dtype=dtype, device=device)
 
-    # Beside the logits, a tile of their gradients where that is narrower.
-    narrow = 0 if problem.operand == dtype else min(vocab_size, plan.sizes(device).tile) // 2
-    size = plan.chunk_rows(rows.count, vocab_size + narrow, dtype.itemsize, workspace)
-    size = min(size, plan.sizes(device).max_chunk_rows)
-    chunks = plan.spans(rows.count, size, plan.ROW_MULTIPLE)
+    chunks, stride, fused = _plan(problem, workspace, ahead is not None)
     size = max((stop - start for start, stop in chunks), default=0)
-    with borrow(size * vocab_size, dtype, device) as flat:
+    with borrow(size * stride, dtype, device) as flat:
         for start, stop in chunks:
             chunk = rows.chunk(start, stop, problem.target, dtype)
             hidden = problem.hidden(chunk)
-            logits, norm, grads = _forward(problem, upstream, chunk, flat, hidden, result)
-            coef = row_coefficients(norm, grads, vocab_size)
-            _backward(problem, chunk, logits, hidden, norm[:2].contiguous(), coef, result)
+            if fused:
+                logits = flat[: chunk.size * stride].view(chunk.size, stride)[:, :vocab_size]
+                grads, undo = _fused(problem, upstream, ahead(chunk), chunk, logits, hidden, result), None
+            else:
+                logits, norm, coef = _forward(problem, upstream, chunk, flat, hidden, result)
+                coef, undo = headroom(coef, problem.operand)
+                tiles = zip(problem.tiles, logits)
+                grads = (problem.row_grad(raw, norm, coef, chunk, tile) for tile, raw in tiles)
+            _backward(problem, chunk, grads, undo, hidden, result)
     if needs.weight and not chunks:
         result.weight.zero_()
     return result
 
 
-def _forward(problem, upstream, chunk, flat, hidden, result) -> tuple[list[Tensor], Tensor, StatGrads]:
+def _plan(problem: LinearProblem, workspace: int, fusible: bool) -> tuple[list[tuple[int, int]], int, bool]:
+    """(chunks of the rows, elements between two rows of logits, whether a chunk goes by one launch)."""
+    count, vocab_size, dtype = problem.rows.count, problem.vocab_size, problem.dtype
+    sizes = plan.sizes(problem.device)
+
+    def chunks(row: int) -> list[tuple[int, int]]:
+        size = plan.chunk_rows(count, row, dtype.itemsize, workspace)
+        return plan.spans(count, min(size, sizes.max_chunk_rows), plan.ROW_MULTIPLE)
+
+    if fusible:
+        stride = -(-vocab_size // plan.ROW_STRIDE) * plan.ROW_STRIDE
+        whole = chunks(stride)
+        if whole and problem.fuses(whole[0][1]):
+            return whole, stride, True
+    # Beside the logits, a tile of their gradients where that is narrower.
+    narrow = 0 if problem.operand == dtype else min(vocab_size, sizes.tile) // 2
+    return chunks(vocab_size + narrow), vocab_size, False
+
+
+def _fused(problem, upstream, ahead, chunk, logits, hidden, result) -> Iterable[Tensor]:
+    """Fill logits [n, V], record statistics and loss; gives the gradients of each tile."""
+    for tile in problem.tiles:
+        multiply(hidden, problem.head(*tile).t(), logits[:, tile[0] : tile[1]])
+    partial, argmax = problem.new_partial(chunk.size)
+    gradient = problem.row_loss_grad(logits, partial, argmax, ahead, chunk)
+    _record(problem, upstream, chunk, partial, argmax, result)
+    return (gradient[:, start:stop] for start, stop in problem.tiles)
+
+
+def _forward(problem, upstream, chunk, flat, hidden, result) -> tuple[list[Tensor], Tensor, Tensor]:
     """Fill the workspace with the chunk's logits; record statistics and loss.
 
-    Gives the logits of each tile, the summary, and the upstream gradients of the statistics.
+    Gives the logits of each tile, and of each row the maximum and log-sum [2, n] and the coefficients [7, n].
     """
     logits = []
     partial, argmax = problem.new_partial(chunk.size)
@@ -97,6 +134,15 @@ def _forward(problem, upstream, chunk, flat, hidden, result) -> tuple[list[Tenso
         raw = problem.raw_logits(hidden, problem.head(*tile), flat[chunk.size * tile[0] :])
         problem.row_stats(raw, partial, argmax, chunk, tile)
         logits.append(raw)
+    summary, grads = _record(problem, upstream, chunk, partial, argmax, result)
+    return logits, summary[:2].contiguous(), row_coefficients(summary, grads, problem.vocab_size)
+
+
+def _record(problem, upstream, chunk, partial, argmax, result) -> tuple[Tensor, StatGrads]:
+    """Put the chunk's statistics, loss and gradients of the loss's arguments among those of all rows.
+
+    Gives the summary and the upstream gradients of the statistics.
+    """
     summary = problem.summarise(partial, chunk)
     row_loss, grads, args = upstream(row_stats(summary, argmax), chunk)
     if chunk.active is not None:
@@ -113,18 +159,19 @@ def _forward(problem, upstream, chunk, flat, hidden, result) -> tuple[list[Tenso
             if chunk.active is not None:
                 part = part.masked_fill(~chunk.active.view(-1, *(1,) * (part.dim() - 1)), 0.0)
             whole[chunk.where] = part
-    return logits, summary, grads
+    return summary, grads
 
 
-def _backward(problem, chunk, logits, hidden, norm, coef, result) -> None:
-    """Turn the chunk's logits into their gradient, tile by tile, and add it to what is wanted."""
+def _backward(problem, chunk, grads, undo, hidden, result) -> None:
+    """Add what the gradients of the chunk's logits, tile by tile, contribute to the gradients wanted.
+
+    undo: what undoes the scale of grads, if they have one.
+    """
     in_place = isinstance(chunk.where, slice)
     first = chunk.start == 0
-    coef, undo = headroom(coef, problem.operand)
     if result.input is not None:
         hidden_grad = result.input[chunk.where] if in_place else torch.empty_like(hidden, dtype=problem.dtype)
-    for tile, raw in zip(problem.tiles, logits):
-        grad = problem.row_grad(raw, norm, coef, chunk, tile)
+    for tile, grad in zip(problem.tiles, grads):
         if result.input is not None:
             multiply(grad, problem.head(*tile), hidden_grad, accumulate=tile[0] > 0)
         if result.weight is not None:

@@ -24,6 +24,7 @@ def _chunks(problem: LogitsProblem) -> Iterator[tuple[Chunk, Tensor]]:
 
 def statistics(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
     """Summary [SUMMARY, N] and argmax [N] of every row; zeros and -1 for ignored rows."""
+    problem.check_topk()
     summary, argmax = problem.empty_summary()
     for chunk, logits in _chunks(problem):
         partial, best = problem.new_partial(chunk.size)

@@ -136,9 +136,13 @@ def _linear_loss(
     problem, workspace = _split(*linear)
     family = RealityCreativity(problem.vocab_size, reality, creativity, label_smoothing, z_loss, logit_l2)
     needs = Needs(need_input, need_weight, need_bias)
+
+    def ahead(chunk):
+        return family.upstream(balance[chunk.where], row_scale[chunk.where])
+
     with no_autocast(problem.input.device):
         result = chunked.loss_and_gradients(
-            problem, _upstream(family, row_scale, balance, square), needs, workspace
+            problem, _upstream(family, row_scale, balance, square), needs, workspace, ahead
         )
     grads = _given((result.input, result.weight, result.bias), problem.input)
     to_balance = result.args[0] if result.args else torch.zeros_like(row_scale)

@@ -42,6 +42,8 @@ GPU = Sizes(
 )
 # Rows of a chunk come in whole vectors of the widest instruction set, two at a time.
 ROW_MULTIPLE = 32
+# Whole rows of logits begin at multiples of this: 128 bytes of float32, for GEMMs and kernels of any V.
+ROW_STRIDE = 32
 # Entries of a dense target that the fused kernels take at a time: it is converted in pieces.
 DENSE_TILE = 8192
 # A tile of gradients from the fused kernels is this wide at least, and a multiple of it.

@@ -71,7 +71,16 @@ class Rows:
 
 
 class _Scored:
-    """What the two kinds of problem share: how a chunk's statistics end."""
+    """What the two kinds of problem share: how a chunk's statistics end, and what row kernels cannot take."""
+
+    def check_topk(self) -> None:
+        """Raise ValueError where the backend's row primitives take fewer entries of a top-k target."""
+        entries, most = self.target.topk_index, self.backend.max_topk
+        if entries is not None and most is not None and entries.shape[-1] > most:
+            raise ValueError(
+                f"target: got {entries.shape[-1]} top-k entries a token, expected at most {most} with the "
+                f'row kernels of backend "{self.backend.name}"; a dense target or another backend takes more'
+            )
 
     def empty_summary(self) -> tuple[Tensor, Tensor]:
         """Summary [SUMMARY, N] and argmax [N] of rows none of which counts."""
@@ -162,6 +171,32 @@ class LinearProblem(_Scored):
         out = torch.empty_like(raw, dtype=self.operand) if narrow else raw
         self.backend.row_grad(raw, out, norm, coef, tile[0], *self._tail(chunk, tile))
         return out.to(self.operand)
+
+    def fuses(self, rows: int) -> bool:
+        """Whether `row_loss_grad` is the better way for chunks of so many rows.
+
+        Not for a dense target, which goes by tile by tile because a chunk of it would be converted whole; nor
+        where gradients become float16, whose scale is found from the coefficients (`headroom`).
+        """
+        if self.target.dense is not None or self.operand == torch.float16:
+            return False
+        sparse = 1 if self.target.topk_index is None else self.target.topk_index.shape[-1]
+        return self.backend.fuses(rows, self.vocab_size, sparse, self.dtype, self.device)
+
+    def row_loss_grad(
+        self, raw: Tensor, partial: Tensor, argmax: Tensor, upstream: Tensor, chunk: Chunk
+    ) -> Tensor:
+        """Statistics of whole rows of raw logits, into partial and argmax; gives the gradient, in place.
+
+        It is a GEMM's operand: where that is narrower, a row's gradient has the front of the row's memory.
+        """
+        out = raw
+        if self.operand != raw.dtype:
+            shape, stride = (raw.shape[0], raw.stride(0)), (raw.stride(0), 1)
+            out = raw.as_strided(shape, stride).view(self.operand)[:, : raw.shape[1]]
+        tail = self._tail(chunk, (0, self.vocab_size))
+        self.backend.row_loss_grad(raw, out, partial, argmax, upstream, *tail)
+        return out
 
     def stream_stats(
         self, hidden: Tensor, partial: Tensor, argmax: Tensor, chunk: Chunk, tile: tuple[int, int]

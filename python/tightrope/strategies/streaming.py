@@ -55,6 +55,8 @@ def _largest(tiles: Spans, blocks: Spans) -> int:
 
 def statistics(problem: LinearProblem, workspace: int) -> tuple[Tensor, Tensor]:
     """Summary [SUMMARY, N] and argmax [N] of every row; zeros and -1 for ignored rows."""
+    if not problem.streams:
+        problem.check_topk()
     summary, argmax = problem.empty_summary()
     tiles, blocks = _forward_spans(problem, workspace)
     if problem.streams:
