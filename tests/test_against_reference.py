@@ -264,6 +264,9 @@ def test_statistics(problem, field, backend):
     )
     for name, value, truth in zip(leaves, grads, expected):
         tolerance = rtol if leaves[name].dtype == value.dtype == F64 else 1e-5
+        if name == "input":
+            # A product that adds V equal terms one after the other is off by up to V units of roundoff.
+            tolerance = max(tolerance, leaves["weight"].shape[0] * torch.finfo(value.dtype).eps / 2)
         assert_within(value, truth, tolerance, tolerance, f"{field} by {name}")
 
 

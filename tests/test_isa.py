@@ -68,12 +68,30 @@ def compare() -> None:
             assert_no_worse(actual["input"], exact["input"], rough["input"], floor, f"offset {offset}")
 
 
+def compare_exponential() -> None:
+    """e^x to two units in the last place, in both layouts: gradients with only the coefficient of p, 1."""
+    x = torch.cat([torch.linspace(-104, 88, 40_000), torch.tensor([0.0, -0.0, -1e30, -float("inf")])])
+    exact = x.double().exp()
+    norm, coef = torch.zeros(2, 1), torch.zeros(7, 1)
+    coef[0] = 1
+    for logits in (x[None], x[:, None].expand(-1, 2).contiguous()[:, :1].t()):
+        out = torch.empty_like(logits)
+        nothing = [None] * 6
+        torch.ops.tightrope.row_grad(logits, out, norm, coef, 0, *nothing, 1.0, None)
+        error = (out[0].double() - exact).abs()
+        assert (error <= 2**-22 * exact + 2**-149).all(), (error / exact).max()
+    logits = torch.tensor([[float("nan"), 0.0]])
+    torch.ops.tightrope.row_grad(logits, logits, norm, coef, 0, *nothing, 1.0, None)
+    assert logits[0, 0].isnan() and logits[0, 1] == 1
+
+
 CHILD = """
 import json, warnings, torch
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     import tightrope, test_isa
     test_isa.compare()
+    test_isa.compare_exponential()
 seen = [str(w.message) for w in seen if "tightrope" in str(w.message)]
 capability = torch.backends.cpu.get_cpu_capability()
 table = {row["backend"]: row for row in tightrope.backends.describe()}

@@ -38,6 +38,28 @@ struct Group {
   }
 };
 
+// Calls f(group, first, n) for blocks of n entries of the vocabulary from `first` on, of each group
+// in order. Groups that share cache lines go down the vocabulary together.
+template <class scalar_t, class T, class F>
+void for_blocks(int64_t rows, int64_t cols, F f) {
+  constexpr int64_t kLine = 64 / sizeof(scalar_t);
+  constexpr int64_t kTogether = std::max<int64_t>(1, kLine / Group<T>::kLanes);
+  const int64_t groups = Group<T>::count(rows);
+  at::parallel_for(
+      0, (groups + kTogether - 1) / kTogether, grain_size(cols * Group<T>::kLanes * kTogether),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t line = begin; line < end; ++line) {
+          const int64_t last = std::min(groups, (line + 1) * kTogether);
+          for (int64_t first = 0; first < cols; first += kColumnBlock) {
+            const int64_t n = std::min(kColumnBlock, cols - first);
+            for (int64_t index = line * kTogether; index < last; ++index) {
+              f(Group<T>(index, rows), first, n);
+            }
+          }
+        }
+      });
+}
+
 // Converts n entries of a group to logits z [n, kLanes] and returns each lane's maximum.
 template <class scalar_t, class T>
 Vectorized<T> load_column_block(
@@ -69,47 +91,40 @@ void column_stats(
     int64_t* argmax) {
   using Vec = Vectorized<T>;
   constexpr int64_t kLanes = Vec::size();
-  at::parallel_for(
-      0, Group<T>::count(rows), grain_size(cols * kLanes), [&](int64_t begin, int64_t end) {
-        alignas(64) T z[kColumnBlock * kLanes];
-        for (int64_t index = begin; index < end; ++index) {
-          const Group<T> group(index, rows);
-          for (int64_t first = 0; first < cols; first += kColumnBlock) {
-            const int64_t n = std::min(kColumnBlock, cols - first);
-            alignas(64) T max[kLanes], origins[kLanes];
-            load_column_block(logits, stride, group, first, n, transform, z).store(max);
-            for (int64_t l = 0; l < kLanes; ++l) origins[l] = origin(max[l]);
-            const Vec shift = Vec::loadu(origins);
-            Sums<T> sums;
-            for (int64_t j = 0; j < n; ++j) {
-              const Vec v = Vec::loadu(z + j * kLanes);
-              const Vec d = v - shift;
-              const Vec e = sums.add(v, d, d);
-              if (targets.dense != nullptr) sums.add_target(group.dense(targets, first + j), d, e);
-            }
-            alignas(64) T field[9][kLanes];
-            const Vec all[9] = {sums.sum_exp,      sums.sum_exp_shift, sums.sum_exp_square,
-                                sums.target_shift, sums.target_exp,    sums.target_mass,
-                                sums.shift_sum,    sums.square_sum,    sums.logit_sum};
-            for (int f = 0; f < 9; ++f) all[f].store(field[f]);
-            for (int64_t l = 0; l < group.lanes; ++l) {
-              const int64_t i = group.begin + l;
-              if (active != nullptr && !active[i]) continue;
-              Partial<T> block{max[l],      field[0][l],       field[1][l], field[2][l],
-                               field[3][l], field[4][l],       field[5][l], field[6][l],
-                               field[7][l], static_cast<T>(n), field[8][l]};
-              targets.for_sparse(i, offset + first, n, [&](int64_t column, T mass) {
-                Sums<T>::add_sparse(block, mass, z[column * kLanes + l] - origins[l]);
-              });
-              const Partial<T> row = load_partial(partial, rows, i);
-              if (is_new_maximum(argmax[i], max[l], row.max)) {
-                argmax[i] = offset + first + first_maximum(z + l, n, kLanes, max[l]);
-              }
-              store_partial(merge(row, block), partial, rows, i);
-            }
-          }
-        }
+  for_blocks<scalar_t, T>(rows, cols, [&](const Group<T>& group, int64_t first, int64_t n) {
+    alignas(64) T z[kColumnBlock * kLanes];
+    alignas(64) T max[kLanes], origins[kLanes];
+    load_column_block(logits, stride, group, first, n, transform, z).store(max);
+    for (int64_t l = 0; l < kLanes; ++l) origins[l] = origin(max[l]);
+    const Vec shift = Vec::loadu(origins);
+    Sums<T> sums;
+    for (int64_t j = 0; j < n; ++j) {
+      const Vec v = Vec::loadu(z + j * kLanes);
+      const Vec d = v - shift;
+      const Vec e = sums.add(v, d, d);
+      if (targets.dense != nullptr) sums.add_target(group.dense(targets, first + j), d, e);
+    }
+    alignas(64) T field[9][kLanes];
+    const Vec all[9] = {sums.sum_exp,      sums.sum_exp_shift, sums.sum_exp_square,
+                        sums.target_shift, sums.target_exp,    sums.target_mass,
+                        sums.shift_sum,    sums.square_sum,    sums.logit_sum};
+    for (int f = 0; f < 9; ++f) all[f].store(field[f]);
+    for (int64_t l = 0; l < group.lanes; ++l) {
+      const int64_t i = group.begin + l;
+      if (active != nullptr && !active[i]) continue;
+      Partial<T> block{max[l],      field[0][l],       field[1][l], field[2][l],
+                       field[3][l], field[4][l],       field[5][l], field[6][l],
+                       field[7][l], static_cast<T>(n), field[8][l]};
+      targets.for_sparse(i, offset + first, n, [&](int64_t column, T mass) {
+        Sums<T>::add_sparse(block, mass, z[column * kLanes + l] - origins[l]);
       });
+      const Partial<T> row = load_partial(partial, rows, i);
+      if (is_new_maximum(argmax[i], max[l], row.max)) {
+        argmax[i] = offset + first + first_maximum(z + l, n, kLanes, max[l]);
+      }
+      store_partial(merge(row, block), partial, rows, i);
+    }
+  });
 }
 
 // As row_grad of rows.h, for logits and out whose rows are adjacent.
@@ -120,63 +135,53 @@ void column_grad(
     const bool* active, const T* norm, const T* coef) {
   using Vec = Vectorized<T>;
   constexpr int64_t kLanes = Vec::size();
-  at::parallel_for(
-      0, Group<T>::count(rows), grain_size(cols * kLanes), [&](int64_t begin, int64_t end) {
-        alignas(64) T z[kColumnBlock * kLanes];
-        alignas(64) T g[kColumnBlock * kLanes];
-        const Vec zero(T(0)), log_zero(static_cast<T>(kLogZero));
-        for (int64_t index = begin; index < end; ++index) {
-          const Group<T> group(index, rows);
-          const Vec max = group.load(norm), log_sum = group.load(norm + rows);
-          const auto value = [&](int k) { return group.load(coef + k * rows); };
-          const Coefficients<Vec> c{value(0), value(1), value(2), value(3),
-                                    value(4), value(5), value(6)};
-          // z is left out where it is not asked for, not multiplied by zero: a masked entry has
-          // -inf.
-          const Vec no_logit_term = c.logit == zero;
-          const bool any_logit_term = std::any_of(
-              coef + 5 * rows + group.begin, coef + 5 * rows + group.begin + group.lanes,
-              [](T rho) { return rho != T(0); });
-          alignas(64) T switched_off[kLanes] = {};
-          for (int64_t l = 0; l < group.lanes; ++l) {
-            switched_off[l] = active != nullptr && !active[group.begin + l] ? T(1) : T(0);
-          }
-          const Vec inactive = Vec::loadu(switched_off) != zero;
-          for (int64_t first = 0; first < cols; first += kColumnBlock) {
-            const int64_t n = std::min(kColumnBlock, cols - first);
-            load_column_block(logits, stride, group, first, n, transform, z);
-            for (int64_t j = 0; j < n; ++j) {
-              const Vec v = Vec::loadu(z + j * kLanes);
-              const Vec log_p = log_probability(v, max, log_sum);
-              const Vec p = log_p.exp();
-              Vec grad = prob_gradient(p, at::vec::maximum(log_p, log_zero), c);
-              if (targets.dense != nullptr) {
-                grad = grad + target_gradient(group.dense(targets, first + j), p, c);
-              }
-              grad = grad + (any_logit_term
-                                 ? Vec::blendv(logit_gradient(v, c), c.constant, no_logit_term)
-                                 : c.constant);
-              grad.store(g + j * kLanes);
-            }
-            for (int64_t l = 0; l < group.lanes; ++l) {
-              const int64_t i = group.begin + l;
-              targets.for_sparse(i, offset + first, n, [&](int64_t column, T mass) {
-                const auto scalar = [&](int k) { return coef[k * rows + i]; };
-                const Coefficients<T> own{scalar(0), scalar(1), scalar(2), scalar(3),
-                                          scalar(4), scalar(5), scalar(6)};
-                const T p = std::exp((z[column * kLanes + l] - norm[i]) - norm[rows + i]);
-                g[column * kLanes + l] += target_gradient(mass, p, own);
-              });
-            }
-            for (int64_t j = 0; j < n; ++j) {
-              T* const lane = g + j * kLanes;
-              const Vec grad = transform.pull_back(Vec::loadu(lane), Vec::loadu(z + j * kLanes));
-              Vec::blendv(grad, zero, inactive).store(lane);
-              at::vec::convert(lane, out + (first + j) * out_stride + group.begin, group.lanes);
-            }
-          }
-        }
+  const Vec zero(T(0)), log_zero(static_cast<T>(kLogZero));
+  for_blocks<scalar_t, T>(rows, cols, [&](const Group<T>& group, int64_t first, int64_t n) {
+    alignas(64) T z[kColumnBlock * kLanes];
+    alignas(64) T g[kColumnBlock * kLanes];
+    const Vec max = group.load(norm), log_sum = group.load(norm + rows);
+    const auto value = [&](int k) { return group.load(coef + k * rows); };
+    const Coefficients<Vec> c{value(0), value(1), value(2), value(3), value(4), value(5), value(6)};
+    // z is left out where it is not asked for, not multiplied by zero: a masked entry has -inf.
+    const Vec no_logit_term = c.logit == zero;
+    const T* const logit_terms = coef + 5 * rows + group.begin;
+    const bool any_logit_term =
+        std::any_of(logit_terms, logit_terms + group.lanes, [](T rho) { return rho != T(0); });
+    alignas(64) T switched_off[kLanes] = {};
+    for (int64_t l = 0; l < group.lanes; ++l) {
+      switched_off[l] = active != nullptr && !active[group.begin + l] ? T(1) : T(0);
+    }
+    const Vec inactive = Vec::loadu(switched_off) != zero;
+    load_column_block(logits, stride, group, first, n, transform, z);
+    for (int64_t j = 0; j < n; ++j) {
+      const Vec v = Vec::loadu(z + j * kLanes);
+      const Vec log_p = log_probability(v, max, log_sum);
+      const Vec p = exponential(log_p);
+      Vec grad = prob_gradient(p, at::vec::maximum(log_p, log_zero), c);
+      if (targets.dense != nullptr) {
+        grad = grad + target_gradient(group.dense(targets, first + j), p, c);
+      }
+      grad = grad + (any_logit_term ? Vec::blendv(logit_gradient(v, c), c.constant, no_logit_term)
+                                    : c.constant);
+      grad.store(g + j * kLanes);
+    }
+    for (int64_t l = 0; l < group.lanes; ++l) {
+      const int64_t i = group.begin + l;
+      targets.for_sparse(i, offset + first, n, [&](int64_t column, T mass) {
+        const auto scalar = [&](int k) { return coef[k * rows + i]; };
+        const Coefficients<T> own{scalar(0), scalar(1), scalar(2), scalar(3),
+                                  scalar(4), scalar(5), scalar(6)};
+        const T p = std::exp((z[column * kLanes + l] - norm[i]) - norm[rows + i]);
+        g[column * kLanes + l] += target_gradient(mass, p, own);
       });
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      T* const lane = g + j * kLanes;
+      const Vec grad = transform.pull_back(Vec::loadu(lane), Vec::loadu(z + j * kLanes));
+      Vec::blendv(grad, zero, inactive).store(lane);
+      at::vec::convert(lane, out + (first + j) * out_stride + group.begin, group.lanes);
+    }
+  });
 }
 
 }  // namespace CPU_CAPABILITY

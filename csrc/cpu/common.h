@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "../row_math.h"
+#include "exponential.h"
 
 namespace tightrope::cpu {
 // Inline symbols must differ between the builds for each instruction set.
@@ -80,7 +81,7 @@ struct Sums : Partial<Vectorized<T>> {
   // One entry in each lane: z is what it and its square count as, `counted` what its shift counts
   // as, and d its shift as an exponent; they differ only in lanes past the end of a row. Gives e^d.
   Vec add(Vec z, Vec counted, Vec d) {
-    const Vec e = d.exp();
+    const Vec e = exponential(d);
     add_entry<Vec>(*this, z, d, e, Vec(static_cast<T>(kLogZero)));
     this->shift_sum = this->shift_sum + counted;
     return e;

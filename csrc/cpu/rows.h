@@ -140,7 +140,7 @@ void row_grad(
           const int64_t lanes = std::min(kLanes, n - j);
           const Vec v = Vec::loadu(z + j, lanes);
           const Vec log_p = log_probability(v, Vec(max), Vec(log_sum));
-          const Vec p = log_p.exp();
+          const Vec p = exponential(log_p);
           Vec grad = prob_gradient(p, at::vec::maximum(log_p, log_zero), lanes_c);
           if (dense != nullptr)
             grad = grad + target_gradient(Vec::loadu(dense + j, lanes), p, lanes_c);

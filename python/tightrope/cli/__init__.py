@@ -169,7 +169,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         "--inputs",
         choices=["random", "real"],
         default="random",
-        help="of --shape; real ones are of SmolLM2, D 576, V 49152, N up to 8192 (%(default)s)",
+        help="of --shape; real ones are of SmolLM2, D 576, V 49152, N up to 4096 (%(default)s)",
     )
     bench.add_argument("--dtype", choices=list(DTYPES), help="(float32; bfloat16 on cuda)")
     bench.add_argument("--device", choices=["cpu", "cuda"], help="(cuda where there is one)")
@@ -188,9 +188,9 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     bench.add_argument(
         "--seconds",
         type=_rate,
-        default=4.0,
+        default=2.0,
         metavar="S",
-        help="of rounds a competitor, three at least (%(default)s)",
+        help="of rounds a competitor; long rounds take more, three of them or fewer (%(default)s)",
     )
     bench.add_argument(
         "--out", type=Path, metavar="FOLDER", default=Path("bench-results"), help="(%(default)s)"

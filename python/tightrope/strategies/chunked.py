@@ -109,7 +109,7 @@ def _plan(problem: LinearProblem, workspace: int, fusible: bool) -> tuple[list[t
         if whole and problem.fuses(whole[0][1]):
             return whole, stride, True
     # Beside the logits, a tile of their gradients where that is narrower.
-    narrow = 0 if problem.operand == dtype else min(vocab_size, sizes.tile) // 2
+    narrow = 0 if problem.operand == dtype else min(vocab_size, problem.tile_width) // 2
     return chunks(vocab_size + narrow), vocab_size, False
 
 

@@ -12,7 +12,9 @@ import torch
 
 @dataclass(frozen=True)
 class Sizes:
-    tile: int  # entries of the vocabulary in a tile
+    tile: int  # entries of the vocabulary in a tile, at least
+    tile_logits: int  # with few rows a tile is wider, up to so many logits,
+    widest_tile: int  # or so many entries
     streaming_rows: int  # that share one pass over a tile in the streaming strategy without fused kernels
     min_chunk_rows: int  # below this, dW's traffic costs the chunked strategy more than a fourth GEMM
     max_chunk_rows: int  # above this, a tile of a chunk's logits has left the cache before it is scored
@@ -25,6 +27,8 @@ class Sizes:
 # low-precision gradient, a float32 tile of dW) bounds them. docs/gpu.md has the figures of the GPU.
 CPU = Sizes(
     tile=1024,
+    tile_logits=2**19,
+    widest_tile=16384,
     streaming_rows=1024,
     min_chunk_rows=32,
     max_chunk_rows=512,
@@ -34,6 +38,8 @@ CPU = Sizes(
 # A tile there is larger than any cache, whatever the rows.
 GPU = Sizes(
     tile=16384,
+    tile_logits=0,
+    widest_tile=16384,
     streaming_rows=8192,
     min_chunk_rows=1024,
     max_chunk_rows=2**16,
@@ -52,6 +58,12 @@ STREAM_STEP = 256
 
 def sizes(device: torch.device) -> Sizes:
     return CPU if device.type == "cpu" else GPU
+
+
+def tile_width(rows: int, device: torch.device) -> int:
+    """Entries of the vocabulary in a tile. With few rows the cost of a tile is that of starting on it."""
+    own = sizes(device)
+    return max(own.tile, min(own.tile_logits // max(rows, 1), own.widest_tile))
 
 
 def workspace_bytes(workspace_mb: float | None, device: torch.device) -> int:

@@ -135,8 +135,12 @@ class LinearProblem(_Scored):
         return self.weight.shape[0]
 
     @property
+    def tile_width(self) -> int:
+        return plan.tile_width(self.rows.count, self.device)
+
+    @property
     def tiles(self) -> list[tuple[int, int]]:
-        return plan.spans(self.vocab_size, plan.sizes(self.device).tile, multiple=16)
+        return plan.spans(self.vocab_size, self.tile_width, multiple=16)
 
     def hidden(self, chunk: Chunk) -> Tensor:
         """The chunk's hidden states [size, D]; zeros where a row does not count: no NaN leaks from it."""

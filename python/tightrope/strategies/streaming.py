@@ -43,8 +43,7 @@ def _backward_spans(problem: LinearProblem, workspace: int) -> tuple[Spans, Span
     rows, vocab_size, itemsize = problem.rows.count, problem.vocab_size, problem.operand.itemsize
     if problem.target.dense is not None:
         itemsize += problem.dtype.itemsize
-    most = plan.sizes(problem.device).tile
-    width = plan.stream_width(rows, vocab_size, itemsize, workspace, most)
+    width = plan.stream_width(rows, vocab_size, itemsize, workspace, problem.tile_width)
     blocks = plan.spans(rows, plan.chunk_rows(rows, max(width, 1), itemsize, workspace))
     return plan.spans(vocab_size, width, multiple=min(plan.STREAM_STEP, max(width, 1))), blocks
 

@@ -22,7 +22,7 @@ SCENARIOS = {
 }
 IGNORED_SHARE = 0.7
 TEACHER_ENTRIES = 64
-REAL_ROWS, REAL_DIM, REAL_VOCAB = 8192, 576, 49152  # of SmolLM2-135M and its text
+REAL_ROWS, REAL_DIM, REAL_VOCAB = 4096, 576, 49152  # of SmolLM2-135M and its text
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -57,7 +57,7 @@ class Case:
     inputs: str = "random"  # or "real": hidden states, head and tokens of SmolLM2
     dtype: str = "float32"
     device: str = "cpu"
-    group: str = "shapes"  # or "large shapes", "scenarios", "against N", "against V"
+    group: str = "shapes"  # or "large shape", "real shape", "scenarios", "against N", "against V"
 
     @property
     def shape(self) -> str:
@@ -76,8 +76,8 @@ class Case:
 
 
 CPU_SHAPES = (
-    Case("gpt2", 1024, 768, 50257, group="large shapes"),
-    Case("smollm2", 2048, REAL_DIM, REAL_VOCAB, inputs="real", group="large shapes"),
+    Case("gpt2", 1024, 768, 50257, group="large shape"),
+    Case("smollm2", 2048, REAL_DIM, REAL_VOCAB, inputs="real", group="real shape"),
     Case("small vocabulary", 8192, 64, 2000),
     Case("few wide rows", 16, 4096, 32000),
     Case("one row", 1, 896, 152000),
@@ -98,9 +98,9 @@ def default_cases(device: str, dtype: str) -> list[Case]:
     """The shapes, then the other scenarios on real inputs, then time and memory against V and against N."""
     gpu = device != "cpu"
     shapes = GPU_SHAPES if gpu else CPU_SHAPES
-    real = Case("", 8192 if gpu else 256, REAL_DIM, REAL_VOCAB, inputs="real", group="scenarios")
+    real = Case("", REAL_ROWS if gpu else 256, REAL_DIM, REAL_VOCAB, inputs="real", group="scenarios")
     scenarios = [replace(real, name=name, scenario=name) for name in SCENARIOS if name != "pretraining"]
-    base = Case("", 8192, 1024, 32768) if gpu else Case("", 512, 64, 32768)
+    base = Case("", 8192, 1024, 32768) if gpu else Case("", 256, 64, 32768)
     sweeps = [
         *(_scaled(base, "vocab", scale, "against V") for scale in SCALES),
         *(_scaled(base, "rows", scale, "against N") for scale in SCALES),

@@ -22,7 +22,8 @@ from .inputs import IGNORE_INDEX, Step
 from .truth import ENTROPY_BONUS, eager_loss
 
 LossOf = Callable[[Step, Loss], Tensor]
-WITHOUT_SWEEPS = ("large shapes", "shapes", "scenarios")
+SHAPES = ("large shape", "shapes")
+WITHOUT_SWEEPS = (*SHAPES, "real shape", "scenarios")
 EVERYWHERE = (*WITHOUT_SWEEPS, "against V", "against N")
 
 
@@ -166,6 +167,7 @@ def _peer(
     entropy: bool = False,
     per_token: bool = False,
     fixed_memory: bool = True,
+    groups: tuple[str, ...] = WITHOUT_SWEEPS,
 ) -> Competitor:
     def refuses(case: Case, loss: Loss) -> str | None:
         if case.device not in devices:
@@ -180,7 +182,7 @@ def _peer(
             return "no loss for each token"
         return None
 
-    return Competitor(name, package, loss, refuses, entropy, fixed_memory)
+    return Competitor(name, package, loss, refuses, entropy, fixed_memory, groups)
 
 
 def all_competitors() -> list[Competitor]:
@@ -194,7 +196,8 @@ def all_competitors() -> list[Competitor]:
         *mine,
         Competitor("eager PyTorch", "torch", eager_loss, _eager_refuses, groups=EVERYWHERE),
         Competitor("torch.compile", "torch", _compiled, _eager_refuses, fixed_memory=False),
-        _peer("F.linear_cross_entropy", "torch", "torch", _chunked_torch),
+        # Several times slower than the floor: on a CPU a run would take minutes more.
+        _peer("F.linear_cross_entropy", "torch", "torch", _chunked_torch, groups=SHAPES),
         _peer(
             "cut-cross-entropy",
             "cut-cross-entropy",
@@ -203,7 +206,15 @@ def all_competitors() -> list[Competitor]:
             per_token=True,
             fixed_memory=False,
         ),
-        _peer("Liger scaled", "liger-kernel", "liger_kernel", _liger_scaled, entropy=True, per_token=True),
+        _peer(
+            "Liger scaled",
+            "liger-kernel",
+            "liger_kernel",
+            _liger_scaled,
+            entropy=True,
+            per_token=True,
+            groups=(*SHAPES, "scenarios"),
+        ),
         _peer("Liger", "liger-kernel", "liger_kernel", _liger, devices=("cuda",)),
         _peer("QuACK", "quack-kernels", "quack", _quack, devices=("cuda",)),
     ]

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 
 
 def rounds_for(seconds: float, budget: float) -> int:
-    """How many rounds of so many seconds fit the budget, up to 15; 3 at least, or 2, or 1 if that is long."""
-    least = 3 if seconds <= budget else 2 if seconds <= 2 * budget else 1
+    """How many rounds of so many seconds fit the budget, up to 15.
+
+    At least 3 where one takes no more than twice the budget, 2 where no more than four times.
+    """
+    least = 3 if seconds <= 2 * budget else 2 if seconds <= 4 * budget else 1
     return max(least, min(15, int(budget / seconds))) if seconds > 0 else 15
 
 

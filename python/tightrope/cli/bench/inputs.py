@@ -94,7 +94,7 @@ def cache_file() -> Path:
 
 @torch.no_grad()
 def real_inputs() -> Path:
-    """The file of hidden [8192, 576], weight [49152, 576], target [8192], made now where it is missing."""
+    """The file of hidden [4096, 576], weight [49152, 576], target [4096], made now where it is missing."""
     path = cache_file()
     if path.is_file():
         return path
