@@ -347,3 +347,17 @@ def test_frozen_hidden_states_and_learned_balance(strategy):
     problem.leaves = {**problem.leaves, "balance": balance.detach()}
     del problem.leaves["bias"]
     assert_within(gradient, oracle(problem)["balance"] / (5 / 8), 1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 31, 64, 512, 4096])
+def test_tiles_cover_the_vocabulary_and_stay_small(rows):
+    """Wide for few rows, never beyond a cache's worth of logits for many."""
+    cpu = torch.device("cpu")
+    sizes, width = plan.sizes(cpu), plan.tile_width(rows, cpu)
+    assert sizes.tile <= width <= sizes.widest_tile
+    assert width == sizes.tile or width * rows <= sizes.tile_logits
+    assert (width == sizes.widest_tile) == (rows < 64)
+    for vocab in (1, 17, width - 1, width + 1, 5 * width + 3):
+        spans = plan.spans(vocab, width, multiple=16)
+        assert [a for a, _ in spans] == [0, *(b for _, b in spans[:-1])] and spans[-1][1] == vocab
+        assert all(b - a <= width for a, b in spans)

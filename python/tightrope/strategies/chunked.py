@@ -86,7 +86,7 @@ def loss_and_gradients(
             else:
                 logits, norm, coef = _forward(problem, upstream, chunk, flat, hidden, result)
                 coef, undo = headroom(coef, problem.operand)
-                tiles = zip(problem.tiles, logits)
+                tiles = zip(problem.tiles(chunk.size), logits)
                 grads = (problem.row_grad(raw, norm, coef, chunk, tile) for tile, raw in tiles)
             _backward(problem, chunk, grads, undo, hidden, result)
     if needs.weight and not chunks:
@@ -109,18 +109,18 @@ def _plan(problem: LinearProblem, workspace: int, fusible: bool) -> tuple[list[t
         if whole and problem.fuses(whole[0][1]):
             return whole, stride, True
     # Beside the logits, a tile of their gradients where that is narrower.
-    narrow = 0 if problem.operand == dtype else min(vocab_size, problem.tile_width) // 2
+    narrow = 0 if problem.operand == dtype else min(vocab_size, plan.tile_width(count, problem.device)) // 2
     return chunks(vocab_size + narrow), vocab_size, False
 
 
 def _fused(problem, upstream, ahead, chunk, logits, hidden, result) -> Iterable[Tensor]:
     """Fill logits [n, V], record statistics and loss; gives the gradients of each tile."""
-    for tile in problem.tiles:
+    for tile in problem.tiles(chunk.size):
         multiply(hidden, problem.head(*tile).t(), logits[:, tile[0] : tile[1]])
     partial, argmax = problem.new_partial(chunk.size)
     gradient = problem.row_loss_grad(logits, partial, argmax, ahead, chunk)
     _record(problem, upstream, chunk, partial, argmax, result)
-    return (gradient[:, start:stop] for start, stop in problem.tiles)
+    return (gradient[:, start:stop] for start, stop in problem.tiles(chunk.size))
 
 
 def _forward(problem, upstream, chunk, flat, hidden, result) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -130,7 +130,7 @@ def _forward(problem, upstream, chunk, flat, hidden, result) -> tuple[list[Tenso
     """
     logits = []
     partial, argmax = problem.new_partial(chunk.size)
-    for tile in problem.tiles:
+    for tile in problem.tiles(chunk.size):
         raw = problem.raw_logits(hidden, problem.head(*tile), flat[chunk.size * tile[0] :])
         problem.row_stats(raw, partial, argmax, chunk, tile)
         logits.append(raw)
@@ -171,7 +171,7 @@ def _backward(problem, chunk, grads, undo, hidden, result) -> None:
     first = chunk.start == 0
     if result.input is not None:
         hidden_grad = result.input[chunk.where] if in_place else torch.empty_like(hidden, dtype=problem.dtype)
-    for tile, grad in zip(problem.tiles, grads):
+    for tile, grad in zip(problem.tiles(chunk.size), grads):
         if result.input is not None:
             multiply(grad, problem.head(*tile), hidden_grad, accumulate=tile[0] > 0)
         if result.weight is not None:

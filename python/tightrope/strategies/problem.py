@@ -134,13 +134,9 @@ class LinearProblem(_Scored):
     def vocab_size(self) -> int:
         return self.weight.shape[0]
 
-    @property
-    def tile_width(self) -> int:
-        return plan.tile_width(self.rows.count, self.device)
-
-    @property
-    def tiles(self) -> list[tuple[int, int]]:
-        return plan.spans(self.vocab_size, self.tile_width, multiple=16)
+    def tiles(self, rows: int) -> list[tuple[int, int]]:
+        """Spans of the vocabulary that go by one at a time, for so many rows."""
+        return plan.spans(self.vocab_size, plan.tile_width(rows, self.device), multiple=16)
 
     def hidden(self, chunk: Chunk) -> Tensor:
         """The chunk's hidden states [size, D]; zeros where a row does not count: no NaN leaks from it."""

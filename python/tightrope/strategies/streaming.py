@@ -26,10 +26,11 @@ def _forward_spans(problem: LinearProblem, workspace: int) -> tuple[Spans, Spans
     """(tiles of the vocabulary, blocks of rows) that a forward pass goes by."""
     rows, vocab_size = problem.rows.count, problem.vocab_size
     if not problem.streams:
-        width = max((stop - start for start, stop in problem.tiles), default=0)
+        tiles = problem.tiles(rows)
+        width = max((stop - start for start, stop in tiles), default=0)
         block = plan.chunk_rows(rows, max(width, 1), problem.dtype.itemsize, workspace)
         block = min(block, plan.sizes(problem.device).streaming_rows)
-        return problem.tiles, plan.spans(rows, block, plan.ROW_MULTIPLE)
+        return tiles, plan.spans(rows, block, plan.ROW_MULTIPLE)
     if problem.target.dense is None:
         return [(0, vocab_size)], plan.spans(rows, rows)
     tiles = plan.spans(vocab_size, plan.DENSE_TILE, multiple=16)
@@ -43,7 +44,8 @@ def _backward_spans(problem: LinearProblem, workspace: int) -> tuple[Spans, Span
     rows, vocab_size, itemsize = problem.rows.count, problem.vocab_size, problem.operand.itemsize
     if problem.target.dense is not None:
         itemsize += problem.dtype.itemsize
-    width = plan.stream_width(rows, vocab_size, itemsize, workspace, problem.tile_width)
+    most = plan.tile_width(rows, problem.device)
+    width = plan.stream_width(rows, vocab_size, itemsize, workspace, most)
     blocks = plan.spans(rows, plan.chunk_rows(rows, max(width, 1), itemsize, workspace))
     return plan.spans(vocab_size, width, multiple=min(plan.STREAM_STEP, max(width, 1))), blocks
 
