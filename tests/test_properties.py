@@ -15,8 +15,10 @@ import torch.nn.functional as F
 import tightrope
 from helpers import (
     BACKENDS,
+    EPS32,
     STRATEGIES,
     Problem,
+    assert_rounded_once,
     assert_same_bits,
     assert_within,
     class_indices,
@@ -28,6 +30,7 @@ from helpers import (
     randn,
     top_k,
 )
+from tightrope.strategies import plan
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -110,6 +113,18 @@ def test_balance_of_each_token_is_that_many_losses(backend):
         rows = balance == value
         for name in ("loss", "input"):
             assert_within(mixed[name][rows], single[name][rows], 1e-13, what=name)
+
+
+@backends
+def test_a_weight_gradient_over_blocks_of_rows_is_rounded_once(backend):
+    """Streaming sums dW over blocks of rows in float32; a sum in the weight's dtype would round for each."""
+    rows = 2100
+    assert rows > 2 * plan.sizes(torch.device("cpu")).streaming_rows
+    problem = linear_problem(rows, vocab=300, width=16, dtype=BF16, balance=0.3, reduction="sum")
+    exact = oracle(problem)["weight"]
+    actual = ours(problem, backend=backend, strategy="streaming")["weight"]
+    assert actual.dtype == BF16
+    assert_rounded_once(actual, exact, 16 * EPS32 * exact.abs().max(), "weight")
 
 
 @backends
