@@ -1,9 +1,10 @@
 """Compiles the Triton kernels for GPUs that are not there, and reads what came out.
 
-Each shipped configuration (kernels/configs.py) is compiled for its architecture, in bfloat16 and float32, for
-each kind of target, with bias and softcap on: the most that a kernel does. Registers, spills and shared
-memory come from the binary; the disassembly of the loop over D says how many instructions are issued beside
-the tensor-core ones, and what the epilogue adds. Run it without TRITON_INTERPRET.
+Each shipped configuration (kernels/configs.py) is compiled for its architecture in the variants that the
+launcher can ask for: dtype, kind of target, softcap or none, bias or none, masked rows or none, and how the
+operands of a GEMM are read. Registers, spills and shared memory come from the binary; the disassembly of the
+loop over D says how many instructions are issued beside the tensor-core ones, and what the epilogue adds. Run
+it without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -38,7 +40,8 @@ KERNELS = {
     "stream_stats": stream.stream_stats,
     "stream_grad": stream.stream_grad,
 }
-DTYPES = {"bf16": 2, "fp32": 4}
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+ROW_DTYPES = {**DTYPES, "fp64": 8}
 # In the assembly, and in the disassembly of the binary.
 TENSOR_CORE = {
     "sm_80": ("mma.sync", r"HMMA"),
@@ -52,10 +55,18 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Case:
+    """A variant of a kernel. The defaults are the most that one does for operands as they mostly are."""
+
     kernel: str
     arch: str
     dtype: str  # of logits, or of hidden states and head
     kind: str  # of target
+    capped: bool = True
+    bias: bool = True
+    active: bool = True  # some rows are masked
+    # What is a multiple of 16: "all" sizes and addresses, those of the "operands" of a GEMM only, or "none".
+    aligned: str = "all"
+    out: str | None = None  # dtype of a gradient that is narrower than its logits
 
     @property
     def streams(self) -> bool:
@@ -64,27 +75,74 @@ class Case:
     @property
     def config(self) -> configs.StreamConfig | None:
         table = configs.ARCHITECTURES[self.arch]
-        return table.stream(self.kernel, self.kind, DTYPES[self.dtype]) if self.streams else None
+        if not self.streams:
+            return None
+        if self.aligned == "none":
+            return table.unaligned(DTYPES[self.dtype])
+        return table.stream(self.kernel, self.kind, DTYPES[self.dtype])
 
 
 def cases(archs, dtypes, kinds=("index", "dense", "topk")) -> list[Case]:
+    """The variant of each kernel that does most."""
+    return [
+        Case(kernel, arch, dtype, kind)
+        for arch in archs
+        for kernel in KERNELS
+        for dtype in (dtypes if kernel != "merge_parts" else ["fp32"])
+        for kind in (kinds if kernel != "merge_parts" else ["none"])
+    ]
+
+
+def all_cases(archs) -> list[Case]:
+    """Every variant that the launcher can ask for, but that masked rows, which add a load, are always on."""
+    found = []
+    switch = (True, False)
+    for arch in archs:
+        found += [Case("merge_parts", arch, dtype, "none") for dtype in ("fp32", "fp64")]
+        for kind, capped, bias, aligned in product(KINDS, switch, switch, ("all", "operands", "none")):
+            variant = {"kind": kind, "capped": capped, "bias": bias, "aligned": aligned}
+            for dtype, kernel in product(DTYPES, ("stream_stats", "stream_grad")):
+                found.append(Case(kernel, arch, dtype, **variant))
+            for dtype in ROW_DTYPES if aligned != "operands" else ():
+                found.append(Case("row_stats", arch, dtype, **variant))
+                narrower = ("bf16", "fp16") if dtype == "fp32" else ()
+                found += [Case("row_grad", arch, dtype, out=out, **variant) for out in (None, *narrower)]
+    return found
+
+
+def covering_cases(archs) -> list[Case]:
+    """The variants that tests compile: of each kernel every value of every switch, and most pairs of them."""
+    # Each row is a kind, then capped, bias, active, aligned and the dtype.
+    plan = (
+        ("index", True, True, True, "all", "bf16"),
+        ("dense", True, True, False, "none", "bf16"),
+        ("topk", True, False, True, "operands", "fp16"),
+        ("none", False, False, False, "all", "fp16"),
+        ("dense", True, True, True, "operands", "fp32"),
+        ("topk", False, True, True, "all", "fp32"),
+        ("index", False, False, True, "none", "fp32"),
+        ("none", True, True, False, "none", "fp32"),
+    )
     found = []
     for arch in archs:
-        for kernel in KERNELS:
-            for dtype in dtypes if kernel != "merge_parts" else ["fp32"]:
-                for kind in kinds if kernel != "merge_parts" else ["none"]:
-                    found.append(Case(kernel, arch, dtype, kind))
+        found += [Case("merge_parts", arch, dtype, "none") for dtype in ("fp32", "fp64")]
+        for kind, capped, bias, active, aligned, dtype in plan:
+            variant = {"kind": kind, "capped": capped, "bias": bias, "active": active, "aligned": aligned}
+            found += [Case(kernel, arch, dtype, **variant) for kernel in ("stream_stats", "stream_grad")]
+            found.append(Case("row_stats", arch, dtype if active else "fp64", **variant))
+            found.append(Case("row_grad", arch, dtype, out="bf16" if dtype == "fp32" else None, **variant))
     return found
 
 
 def _source(case: Case) -> tuple[ASTSource, dict]:
     """What the launcher of tightrope.backends.triton would compile, and with which options."""
     kernel, config = KERNELS[case.kernel], case.config
+    wide = "fp64" if case.dtype == "fp64" else "fp32"
     options = {"num_warps": configs.ROW_WARPS if case.kernel != "merge_parts" else 4}
     constants = {
         "TARGET": KINDS[case.kind],
-        "CAPPED": True,
-        "BLOCK": configs.ROW_BLOCK,
+        "CAPPED": case.capped,
+        "BLOCK": configs.ROW_BLOCK if case.kernel == "row_stats" else configs.GRAD_BLOCK,
         "BLOCKS": configs.ROW_BLOCKS,
         "TOPK_BLOCK": configs.TOPK_BLOCK,
         "ROWS": 8,
@@ -101,31 +159,39 @@ def _source(case: Case) -> tuple[ASTSource, dict]:
             PIECES=config.pieces,
             TOPK_BLOCK=configs.STREAM_TOPK_BLOCK,
             DESCRIPTORS=config.descriptors,
+            PRECISION=config.precision,
+            SEGMENTS=configs.ARCHITECTURES[case.arch].segments,
         )
         operand = {"hidden": config.block_m, "weight": config.block_n}
     types = {
         "logits": f"*{case.dtype}",
-        "out": f"*{case.dtype}",
+        "out": f"*{case.out or case.dtype}",
         "best": "*i64",
         "argmax": "*i64",
-        "active": "*i1",
-        "target": {"index": "*i64", "dense": "*fp32", "topk": "*i64", "none": None}[case.kind],
-        "target_prob": "*fp32" if case.kind == "topk" else None,
+        "active": "*i1" if case.active else None,
+        "target": {"index": "*i64", "dense": f"*{wide}", "topk": "*i64", "none": None}[case.kind],
+        "target_prob": f"*{wide}" if case.kind == "topk" else None,
+        "bias": f"*{wide}" if case.bias else None,
         "logit_scale": "fp64",
         "softcap": "fp64",
-        **dict.fromkeys(("parts", "partial", "norm", "coef", "bias"), "*fp32"),
+        **dict.fromkeys(("parts", "partial", "norm", "coef"), f"*{wide}"),
     }
     for name, block in operand.items():
         types[name] = f"*{case.dtype}"
         if config.descriptors:
             types[name] = f"tensordesc<{case.dtype}[{block},{config.block_k}]>"
+    multiples = {
+        "none": (),
+        "operands": ("hidden", "weight", "width", "hidden_stride", "weight_stride"),
+        "all": [n for n in kernel.arg_names if n.endswith("stride") or n in ("width", "columns")],
+    }[case.aligned]
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         kind = "constexpr" if name.isupper() else types.get(name, "i32")
         signature[name] = kind or "constexpr"
         if kind is None or kind == "constexpr":
             values[(i,)] = constants.get(name)
-        elif kind.startswith("*") or name.endswith("stride") or name == "width":
+        elif name in multiples or (case.aligned == "all" and kind.startswith("*")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, values, attributes), options
 
@@ -140,6 +206,11 @@ def compile_case(case: Case) -> dict:
         "arch": case.arch,
         "dtype": case.dtype,
         "target": case.kind,
+        "aligned": case.aligned,
+        "softcap": case.capped,
+        "bias": case.bias,
+        "active": case.active,
+        "out": case.out or case.dtype,
         "compile_s": round(time.perf_counter() - start, 2),
         "shared": compiled.metadata.shared,
         "shared_limit": configs.ARCHITECTURES[case.arch].shared_memory,
@@ -220,7 +291,9 @@ def _loops(code: str, machine: str) -> list[tuple[int, int]]:
         if label := re.match(r"\s*(\.L\w+):", line):
             labels[label.group(1)] = i
     spans = set()
-    for i, line in enumerate(lines):
+    # Past the end of the program stand blocks that wait and jump back into it: no loops.
+    ends = [i for i, line in enumerate(lines) if re.search(r"\bEXIT\b|s_endpgm", line)]
+    for i, line in enumerate(lines[: max(ends, default=len(lines))]):
         jump = re.search(r"(?:BRA|s_c?branch\w*)\b.*?(\.L\w+)", line)
         if jump and labels.get(jump.group(1), i) < i:
             spans.add((labels[jump.group(1)], i))

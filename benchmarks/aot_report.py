@@ -3,6 +3,7 @@
     python benchmarks/aot_report.py                     every configuration, as tables
     python benchmarks/aot_report.py --arch sm_90 --dtype bf16 --kind index --no-roofline
     python benchmarks/aot_report.py --json report.json
+    python benchmarks/aot_report.py --all               every variant of a launch, summed up: an hour
 
 `loop` is the loop over D, for each warp: matrix instructions and all others. `issue` is the share of the
 tensor cores' time that issuing the others takes, and `epilogue` the same for what is done to each finished
@@ -78,6 +79,25 @@ def print_table(rows: list[dict]) -> None:
         print("".join(f"{cell!s:<{width}} " for cell, (_, _, width) in zip(cells, COLUMNS)))
 
 
+def print_summary(rows: list[dict]) -> None:
+    """One line for each kernel, architecture and dtype; and every variant that spills."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["kernel"], row["arch"], row["dtype"]), []).append(row)
+    print("kernel        arch    dtype  variants  registers  spilling  shared, at most  matrix instruction")
+    for (kernel, arch, dtype), found in groups.items():
+        registers, shared = ([row[key] for row in found] for key in ("registers", "shared"))
+        used = {row["tensor_core"] or "none" for row in found if "tensor_core" in row}
+        spilling = sum(row["spill_bytes"] > 0 for row in found)
+        print(
+            f"{kernel:<13} {arch:<7} {dtype:<6} {len(found):>8}  {min(registers):>3} - {max(registers):<3}  "
+            f"{spilling:>8}  {max(shared):>15}  {', '.join(sorted(used))}"
+        )
+    for row in rows:
+        if row["spill_bytes"]:
+            print("spills:", json.dumps(row))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=aot_compile.TARGETS, default=list(aot_compile.TARGETS))
@@ -85,11 +105,20 @@ def main() -> None:
     parser.add_argument("--kind", nargs="+", choices=aot_compile.KINDS, default=["index", "dense", "topk"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     parser.add_argument("--no-roofline", action="store_true")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="every variant, summed up")
+    which.add_argument("--covering", action="store_true", help="the variants that the tests compile")
     parser.add_argument(
         "--json", metavar="FILE", help="write everything there as JSON ('-': to the terminal)"
     )
     options = parser.parse_args()
-    rows = collect(aot_compile.cases(options.arch, options.dtype, options.kind), options.jobs)
+    if options.all:
+        cases = aot_compile.all_cases(options.arch)
+    elif options.covering:
+        cases = aot_compile.covering_cases(options.arch)
+    else:
+        cases = aot_compile.cases(options.arch, options.dtype, options.kind)
+    rows = collect(cases, options.jobs)
     paper = [] if options.no_roofline else roofline.table()
     if options.json:
         text = json.dumps({"kernels": rows, "roofline": paper}, indent=1)
@@ -98,7 +127,7 @@ def main() -> None:
             return
         with open(options.json, "w") as file:
             file.write(text + "\n")
-    print_table(rows)
+    (print_summary if options.all else print_table)(rows)
     if paper:
         print()
         roofline.print_table(paper)

@@ -19,7 +19,7 @@ from tightrope.strategies import plan
 class Chip:
     name: str
     tera_bf16: float  # dense tensor-core TFLOP/s
-    tera_fp32: float
+    tera_fp32: float  # of products of float32: a third of the tf32 rate on NVIDIA, three of which make one
     bandwidth: float  # TB/s
     processors: int
     gigahertz: float  # boost clock
@@ -27,15 +27,15 @@ class Chip:
 
     def flops_per_cycle(self, dtype: str) -> float:
         """Of one processor."""
-        tera = self.tera_bf16 if dtype == "bf16" else self.tera_fp32
+        tera = self.tera_fp32 if dtype == "fp32" else self.tera_bf16
         return tera * 1e3 / (self.processors * self.gigahertz)
 
 
 # As published by the vendors.
 CHIPS = {
-    "sm_80": Chip("A100 SXM 80 GB", 312, 19.5, 2.039, 108, 1.41),
-    "sm_90": Chip("H100 SXM", 989.4, 66.9, 3.35, 132, 1.83),
-    "sm_100": Chip("B200", 2250, 75, 8.0, 148, 1.85),
+    "sm_80": Chip("A100 SXM 80 GB", 312, 52, 2.039, 108, 1.41),
+    "sm_90": Chip("H100 SXM", 989.4, 164.9, 3.35, 132, 1.83),
+    "sm_100": Chip("B200", 2250, 375, 8.0, 148, 1.85),
     "gfx942": Chip("MI300X", 1307.4, 163.4, 5.3, 304, 2.1, issue_cycles=4),
 }
 # N, D, V

@@ -18,7 +18,7 @@ NO_TARGET, INDEX, DENSE, TOPK = (tl.constexpr(kind) for kind in range(4))
 # e^x is 0 in every supported type long before x reaches this; log-probabilities are clamped to it so that an
 # impossible entry contributes 0 * finite = 0 and not 0 * -inf = NaN.
 LOG_ZERO = tl.constexpr(-1e4)
-# Larger than any column.
+# Larger than any column; less it, the place of a NaN is negative.
 NO_COLUMN = tl.constexpr(2**30)
 
 
@@ -105,6 +105,14 @@ def merge(a, b):
 def takes_argmax(maximum, best, new_maximum):
     """Whether a later part has the larger maximum: NaN counts as largest, the earlier one wins a tie."""
     return (best < 0) | (new_maximum > maximum) | ((new_maximum != new_maximum) & (maximum == maximum))
+
+
+@triton.jit
+def first_maximum(z, maximum, column, axis: tl.constexpr):
+    """The column of the first maximum of a tile along an axis; of the first NaN, less NO_COLUMN, if any."""
+    # A NaN is not less than the maximum, which on a GPU is that of the other entries.
+    place = tl.where(z < maximum, NO_COLUMN, column)
+    return tl.min(tl.where(z != z, column - NO_COLUMN, place), axis)
 
 
 @triton.jit

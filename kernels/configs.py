@@ -1,14 +1,14 @@
 """Tile configurations of the kernels, by architecture: one table, with the reason for each row.
 
 They were chosen from compiled code (``benchmarks/aot_report.py``: no spills, shared memory within the limit,
-the most tensor-core work for each issued instruction) and not from timings. TIGHTROPE_AUTOTUNE=1 times a few
-neighbours of the streaming configurations when a kernel first meets a shape, and keeps the fastest.
+the most tensor-core work for each issued instruction) and not from timings. TIGHTROPE_AUTOTUNE=1 times the
+`neighbours` of a streaming configuration when its kernel first meets a shape, and keeps the fastest.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class StreamConfig:
     pieces: int = 4  # that the epilogue takes a tile in: 1, 2 or 4
     descriptors: bool = False  # tensor descriptors (TMA) instead of pointers
     group: int = 8  # row blocks that share a piece of the head in the second-level cache
+    precision: str = "ieee"  # of float32 products, a name of tl.dot's
 
 
 @dataclass(frozen=True)
@@ -29,53 +30,73 @@ class Architecture:
     segments: int  # of the vocabulary in stream_stats: one for each processor, for 16 rows to fill it
     half: StreamConfig  # bfloat16 and float16
     single: StreamConfig  # float32
-    half_dense: StreamConfig | None = None  # of stream_stats for dense targets, whose epilogue holds more
-    single_dense: StreamConfig | None = None
+    # Of stream_stats, by kind of target and bytes of an element, where its epilogue holds more.
+    stats: dict[tuple[str, int], StreamConfig] = field(default_factory=dict)
+    # Where rows are not loaded in whole vectors, which takes registers for single elements.
+    half_unaligned: StreamConfig = StreamConfig(64, 64, 32, 8, 3, pieces=2)
+    single_unaligned: StreamConfig = StreamConfig(64, 32, 16, 8, 3, pieces=1, precision="tf32x3")
 
     def stream(self, kernel: str, kind: str, itemsize: int) -> StreamConfig:
         """The configuration of a streaming kernel for a kind of target."""
-        usual, dense = (self.half, self.half_dense) if itemsize == 2 else (self.single, self.single_dense)
-        return dense if dense and kernel == "stream_stats" and kind == "dense" else usual
+        usual = self.half if itemsize == 2 else self.single
+        return self.stats.get((kind, itemsize), usual) if kernel == "stream_stats" else usual
+
+    def unaligned(self, itemsize: int) -> StreamConfig:
+        """The configuration for operands whose rows are not loaded in whole vectors."""
+        return self.half_unaligned if itemsize == 2 else self.single_unaligned
 
 
-# IEEE float32 products are ordinary instructions on NVIDIA, whose operands fill the registers: small tiles,
-# and smaller ones on sm_90 and sm_100, where the assembler settles on 128 registers and spills.
-_SINGLE = StreamConfig(64, 64, 16, 8, 3, pieces=2)
-_SINGLE_SMALL = StreamConfig(64, 32, 16, 8, 3, pieces=1)
+# float32 products on NVIDIA: three tensor-core products of the operands' two tf32 parts, added up outside of
+# the tensor cores in float32 (docs/gpu.md). What splits the operands takes registers.
+_SINGLE = StreamConfig(128, 64, 32, 8, 3, pieces=2, descriptors=True, precision="tf32x3")
+# Small tiles, so that small problems have several of them.
+_TINY = StreamConfig(32, 32, 32, 4, 1, pieces=2, group=2)
 ARCHITECTURES = {
     # mma.sync spreads the rows of a 128 x 128 tile over twice the threads' registers: it spills.
     "sm_80": Architecture(
         166912,
         108,
         StreamConfig(128, 64, 64, 8, 3, pieces=2),
-        _SINGLE,
-        half_dense=StreamConfig(128, 64, 32, 8, 4, pieces=2),
+        StreamConfig(128, 64, 16, 8, 3, pieces=2, precision="tf32x3"),
+        stats=dict.fromkeys((("dense", 2), ("topk", 2)), StreamConfig(128, 64, 32, 8, 4, pieces=2)),
     ),
     # Descriptors leave addresses to the copy engine: 184 registers, with pointers 255. 128 x 256 spills.
     "sm_90": Architecture(
         232448,
         132,
         StreamConfig(128, 128, 64, 8, 3, descriptors=True),
-        _SINGLE_SMALL,
-        half_dense=StreamConfig(128, 64, 64, 8, 4, pieces=2, descriptors=True),
+        _SINGLE,
+        stats={
+            ("dense", 2): StreamConfig(128, 64, 64, 8, 4, pieces=2, descriptors=True),
+            ("topk", 2): StreamConfig(128, 64, 64, 8, 4, pieces=2, descriptors=True),
+            ("dense", 4): replace(_SINGLE, block_m=64),
+        },
     ),
-    # The accumulators stand in tensor memory, so all targets have room beside them.
-    "sm_100": Architecture(232448, 148, StreamConfig(128, 128, 64, 8, 3, descriptors=True), _SINGLE_SMALL),
+    # The accumulators stand in tensor memory, so all targets have room beside them. Those of float32 do not.
+    "sm_100": Architecture(
+        232448,
+        148,
+        StreamConfig(128, 128, 64, 8, 3, descriptors=True),
+        replace(_SINGLE, block_m=64, pieces=1),
+    ),
     # 512 registers a thread, and 64 KiB of shared memory, which two stages fill.
-    "gfx942": Architecture(65536, 304, StreamConfig(128, 128, 64, 8, 2, pieces=2), _SINGLE),
-    # Small tiles, so that small problems have several of them.
-    "interpreter": Architecture(
-        2**30,
-        4,
-        StreamConfig(32, 32, 32, 4, 1, pieces=2, group=2),
-        StreamConfig(32, 32, 32, 4, 1, pieces=2, group=2),
+    # It has matrix instructions for float32 itself.
+    "gfx942": Architecture(
+        65536,
+        304,
+        StreamConfig(128, 128, 64, 8, 2, pieces=2),
+        StreamConfig(64, 64, 16, 8, 3, pieces=2),
+        single_unaligned=StreamConfig(64, 32, 16, 8, 3, pieces=1),
     ),
+    "interpreter": Architecture(2**30, 4, _TINY, _TINY, half_unaligned=_TINY, single_unaligned=_TINY),
 }
 
 # Row kernels: columns in a block, and blocks in the segment of a row that one program takes. They are bound
 # by memory; a thread holds 16 logits of a block, and 16 rows of 150,000 make 160 programs.
 ROW_BLOCK = 4096
 ROW_BLOCKS = 4
+# Columns in a program of row_grad: with 16 to a thread the assembler spills a few bytes in some variants.
+GRAD_BLOCK = 2048
 ROW_WARPS = 8
 # Top-k entries of a row that are looked at together; of the many rows of a streaming tile, fewer.
 TOPK_BLOCK = 64
@@ -97,10 +118,12 @@ def autotuning() -> bool:
 
 
 def neighbours(config: StreamConfig) -> list[StreamConfig]:
-    """What autotuning tries. The tile stays, so that a row's statistics stay what they are."""
+    """What autotuning tries: itself first, and others that give the same bits.
+
+    Tile, step and warps decide the order of sums, so they stay.
+    """
     found = [config]
-    for block_k in {config.block_k, max(16, config.block_k // 2)}:
-        for stages in {config.stages, config.stages + 1, max(2, config.stages - 1)}:
-            for group in (4, 8, 16):
-                found.append(replace(config, block_k=block_k, stages=stages, group=group))
+    for stages in (config.stages, config.stages + 1, max(2, config.stages - 1)):
+        for group in (config.group, 4, 8, 16):
+            found.append(replace(config, stages=stages, group=group))
     return list(dict.fromkeys(found))

@@ -21,6 +21,7 @@ from .arithmetic import (
     NO_TARGET,
     TOPK,
     Partial,
+    first_maximum,
     gradient,
     load_coefficients,
     load_partial,
@@ -88,9 +89,7 @@ def row_stats(
         inside = column < columns
         z = _load_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, DTYPE)
         maximum = tl.max(z, 0)
-        # The position of the first NaN if there is one, as a negative number, else of the first maximum.
-        place = tl.where(z == maximum, column, NO_COLUMN)
-        place = tl.min(tl.where(z != z, column - NO_COLUMN, place), 0)
+        place = first_maximum(z, maximum, column, 0)
         d = z - origin(maximum)
         e = tl.exp(d)
         seen = tl.where(inside, d, 0.0)
@@ -232,10 +231,13 @@ def row_grad(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     DTYPE: tl.constexpr = norm.dtype.element_ty
-    out += row * out_stride
     if active is not None:
         if tl.load(active + row) == 0:
-            tl.store(out + column, tl.zeros((BLOCK,), DTYPE).to(out.dtype.element_ty), mask=inside)
+            tl.store(
+                out + row * out_stride + column,
+                tl.zeros((BLOCK,), DTYPE).to(out.dtype.element_ty),
+                mask=inside,
+            )
             return
     z = _load_logits(logits + row * logits_stride, bias, column, inside, logit_scale, softcap, CAPPED, DTYPE)
     c = load_coefficients(coef, row, rows.to(tl.int64), row < rows)
@@ -256,4 +258,4 @@ def row_grad(
                     column == index - offset, tl.load(target_prob + row * target_stride + k), 0.0
                 )
     grad = gradient(z, tl.load(norm + row), tl.load(norm + rows + row), c, logit_scale, softcap, mass, CAPPED)
-    tl.store(out + column, grad.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride + column, grad.to(out.dtype.element_ty), mask=inside)

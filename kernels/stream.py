@@ -25,6 +25,7 @@ from .arithmetic import (
     NO_COLUMN,
     TOPK,
     Partial,
+    first_maximum,
     gradient,
     load_coefficients,
     merge,
@@ -34,7 +35,7 @@ from .arithmetic import (
     transform,
 )
 
-_VARYING = ("rows", "offset", "splits", "tiles")
+_VARYING = ("rows", "offset")
 
 
 @triton.jit
@@ -61,6 +62,7 @@ def _tile_logits(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """A tile of ``h W^T`` in float32; rows and columns past the end hold anything."""
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -68,7 +70,7 @@ def _tile_logits(
         for k in range(0, width, BLOCK_K):
             h = hidden.load([first_row, k])
             w = weight.load([first_column, k])
-            product = tl.dot(h, w.T, product, input_precision="ieee")
+            product = tl.dot(h, w.T, product, input_precision=PRECISION)
     else:
         # Clamped, not masked: what lies past the end is masked in the result.
         row = tl.minimum(first_row + tl.arange(0, BLOCK_M), rows - 1).to(tl.int64)
@@ -80,7 +82,7 @@ def _tile_logits(
             left = step < width - k
             h = tl.load(h_at, mask=left[None, :], other=0.0)
             w = tl.load(w_at, mask=left[:, None], other=0.0)
-            product = tl.dot(h, w, product, input_precision="ieee")
+            product = tl.dot(h, w, product, input_precision=PRECISION)
             h_at += BLOCK_K
             w_at += BLOCK_K
     return product
@@ -144,7 +146,6 @@ def _statistics(
     row,
     live,
     first,
-    column,
     columns,
     target,
     target_prob,
@@ -154,11 +155,11 @@ def _statistics(
     TOPK_BLOCK: tl.constexpr,
 ):
     """Statistics of a tile of logits [rows, columns from first on], and the place of each row's maximum."""
+    column = first + tl.arange(0, z.shape[1])
     inside = (column < columns)[None, :]
     last = tl.minimum(first + column.shape[0], columns)
     maximum = tl.max(z, 1)
-    # The first maximum, or a NaN before it: one comparison for both.
-    place = tl.min(tl.where(z < maximum[:, None], NO_COLUMN, column[None, :]), 1)
+    place = first_maximum(z, maximum[:, None], column[None, :], 1)
     valued = tl.where(inside, z, 0.0)
     logit_sum, square_sum = tl.sum(valued, 1), tl.sum(valued * valued, 1)
     d = z - origin(maximum)[:, None]
@@ -192,7 +193,7 @@ def _statistics(
         mass = tl.sum(b, 1)
     sum_exp = tl.sum(e, 1)
     tile = Partial(
-        tl.where(sum_exp != sum_exp, float("nan"), maximum),
+        tl.where(place < 0, float("nan"), maximum),
         sum_exp,
         tl.sum(e * tl.where(d < LOG_ZERO, LOG_ZERO, d), 1),
         tl.sum(e * e, 1),
@@ -204,7 +205,7 @@ def _statistics(
         zero + tl.maximum(last - first, 0),
         logit_sum,
     )
-    return tile, place
+    return tile, tl.where(place < 0, place + NO_COLUMN, place)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -223,8 +224,6 @@ def stream_stats(
     weight_stride,
     target_stride,  # row stride of target: K for a top-k target
     offset,  # of column 0 in the vocabulary
-    splits,
-    tiles,  # in a segment
     logit_scale: "fp64",
     softcap: "fp64",
     TARGET: tl.constexpr,
@@ -235,9 +234,13 @@ def stream_stats(
     GROUP: tl.constexpr,
     PIECES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
     TOPK_BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,  # that the vocabulary is cut into at most
 ):
     """Statistics of a block of rows over one segment of the vocabulary."""
+    tiles = tl.cdiv(tl.cdiv(columns, BLOCK_N), SEGMENTS)  # in a segment
+    splits = tl.cdiv(columns, tiles * BLOCK_N)
     row_block, split = _grouped(tl.program_id(0), tl.cdiv(rows, BLOCK_M), splits, GROUP)
     row = row_block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < rows
@@ -260,6 +263,7 @@ def stream_stats(
             BLOCK_N,
             BLOCK_K,
             DESCRIPTORS,
+            PRECISION,
         )
         pieces = _pieces(product, PIECES)
         for piece in tl.static_range(PIECES):
@@ -267,18 +271,7 @@ def stream_stats(
             column = at + tl.arange(0, BLOCK_N // PIECES)
             z = _finish(pieces[piece], bias, column, columns, logit_scale, softcap, CAPPED)
             tile, place = _statistics(
-                z,
-                row,
-                live,
-                at,
-                column,
-                columns,
-                target,
-                target_prob,
-                target_stride,
-                offset,
-                TARGET,
-                TOPK_BLOCK,
+                z, row, live, at, columns, target, target_prob, target_stride, offset, TARGET, TOPK_BLOCK
             )
             argmax = tl.where(takes_argmax(running.max, argmax, tile.max), place, argmax)
             running = merge(running, tile)
@@ -328,7 +321,7 @@ def _mass(
 def stream_grad(
     hidden,  # [rows, width], or its descriptor
     weight,  # [columns, width], or its descriptor
-    out,  # [rows, columns], row stride out_stride
+    out,  # [rows, columns], contiguous
     norm,  # [2, rows]: maximum and log of the sum of exponentials of the whole row
     coef,  # [7, rows]
     target,  # as in stream_stats
@@ -340,7 +333,6 @@ def stream_grad(
     width,
     hidden_stride,
     weight_stride,
-    out_stride,
     target_stride,
     offset,
     logit_scale: "fp64",
@@ -353,6 +345,7 @@ def stream_grad(
     GROUP: tl.constexpr,
     PIECES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
     TOPK_BLOCK: tl.constexpr,
 ):
     """dloss/draw of one tile of logits."""
@@ -372,6 +365,7 @@ def stream_grad(
         BLOCK_N,
         BLOCK_K,
         DESCRIPTORS,
+        PRECISION,
     )
     row = row_block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < rows
@@ -393,5 +387,5 @@ def stream_grad(
         grad = gradient(z, maximum, log_sum, c, logit_scale, softcap, mass, CAPPED)
         if active is not None:
             grad = tl.where(counts[:, None], grad, 0.0)
-        where = out + row[:, None] * out_stride + column[None, :]
+        where = out + row[:, None] * columns + column[None, :]
         tl.store(where, grad.to(out.dtype.element_ty), mask=writes)

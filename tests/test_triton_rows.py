@@ -16,8 +16,10 @@ from triton_bounds import OutOfBounds, checked_bounds
 from triton_cases import (
     HOSTILE,
     KINDS,
+    ODD_COLUMNS,
     OFFSET,
     case,
+    check_argmax,
     coefficients,
     named_statistics,
     new_partial,
@@ -35,7 +37,20 @@ def small_blocks(monkeypatch):
     """Several blocks and segments in a small row."""
     monkeypatch.setattr(configs, "ROW_BLOCK", 64)
     monkeypatch.setattr(configs, "ROW_BLOCKS", 2)
+    monkeypatch.setattr(configs, "GRAD_BLOCK", 64)
     monkeypatch.setattr(configs, "TOPK_BLOCK", 4)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_unwritten(monkeypatch):
+    """What kernels hand to each other is NaN, and no place, where it is not written."""
+    new_parts = backend._new_parts
+
+    def unwritten(*args):
+        parts, best = new_parts(*args)
+        return parts.fill_(NAN), best.fill_(-(2**40))
+
+    monkeypatch.setattr(backend, "_new_parts", unwritten)
 
 
 def judge(actual, exact, rough, scale, what):
@@ -181,6 +196,15 @@ def test_a_nan_stays_in_its_row():
     assert argmax[2] == 150 + OFFSET
     others = [0, 1, 3]
     assert torch.equal(partial[:, others], clean[:, others])
+
+
+@pytest.mark.parametrize("odd", ODD_COLUMNS)
+def test_argmax_is_that_of_torch(odd):
+    def stats(problem, start, stop, partial, argmax, tail):
+        logits = problem.raw(torch.float32)[:, start:stop]
+        backend.row_stats(logits, partial, argmax, *tail)
+
+    check_argmax(stats, odd)
 
 
 def test_a_class_out_of_range_makes_its_row_nan():

@@ -10,6 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from dataclasses import replace
 
 import torch
+import triton
 from triton.runtime import interpreter
 
 from helpers import EPS32, assert_no_worse, assert_rounded_once, randn
@@ -19,8 +20,10 @@ from triton_bounds import checked_bounds
 from triton_cases import (
     HOSTILE,
     KINDS,
+    ODD_COLUMNS,
     OFFSET,
     case,
+    check_argmax,
     coefficients,
     named_statistics,
     new_partial,
@@ -32,6 +35,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 NAN = float("nan")
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left_unwritten(monkeypatch):
+    """What kernels hand to each other is NaN, and no place, where it is not written."""
+    new_parts = backend._new_parts
+
+    def unwritten(*args):
+        parts, best = new_parts(*args)
+        return parts.fill_(NAN), best.fill_(-(2**40))
+
+    monkeypatch.setattr(backend, "_new_parts", unwritten)
+
+
 def judge(actual, exact, rough, scale, what):
     assert_no_worse(actual, exact, rough, 16 * EPS32 * scale, what)
 
@@ -39,7 +54,9 @@ def judge(actual, exact, rough, scale, what):
 def configure(monkeypatch, **changes):
     """Another configuration of the interpreter's kernels."""
     small = configs.ARCHITECTURES["interpreter"]
-    changed = replace(small, half=replace(small.half, **changes), single=replace(small.single, **changes))
+    usual = replace(small.single, **changes)
+    other = replace(usual, descriptors=False)
+    changed = replace(small, half=usual, single=usual, half_unaligned=other, single_unaligned=other)
     monkeypatch.setattr(backend, "architecture", lambda: changed)
 
 
@@ -100,8 +117,9 @@ def test_pieces_and_descriptors(monkeypatch, pieces, descriptors):
     for width in (24, 21):
         check(case(34, 100, width, "index", softcap=5.0))
         check(case(3, 100, width, "topk"))
-    used = backend._operands("stream_stats", 1, torch.zeros(2, 24), torch.zeros(3, 24))[1]
-    assert isinstance(used, backend.TensorDescriptor) == descriptors
+    for width, can in ((24, True), (21, False)):
+        used = backend._operands("stream_stats", 1, torch.zeros(2, width), torch.zeros(3, width))[0]
+        assert used.descriptors == (descriptors and can)
 
 
 def test_bfloat16_operands_in_the_kernel(monkeypatch):
@@ -204,6 +222,62 @@ def test_a_nan_stays_in_its_row():
     backend.stream_grad(problem.hidden, problem.weight, out, norm, coef, *problem.tail)
     assert out[2].isnan().all()
     assert out[others].isfinite().all()
+
+
+@pytest.mark.parametrize("odd", ODD_COLUMNS)
+def test_argmax_is_that_of_torch(odd):
+    def stats(problem, start, stop, partial, argmax, tail):
+        backend.stream_stats(problem.hidden, problem.weight[start:stop], partial, argmax, *tail)
+
+    check_argmax(stats, odd)
+
+
+def test_autotuning_keeps_the_fastest_and_changes_no_bit(monkeypatch):
+    """With a stand-in for the clock; every candidate runs, on outputs that are not reset between."""
+    configure(monkeypatch, stages=2)
+    problem = case(9, 100, 24, "index")
+    parameters = randn(2, 9), randn(7, 9, seed=1)
+
+    def run():
+        partial, argmax = new_partial(problem)
+        out = torch.full((9, 100), NAN)
+        for half in (slice(0, 50), slice(50, 100)):  # the second merges into the first
+            tail = list(problem.tail)
+            tail[0], tail[5] = OFFSET + half.start, tail[5][half]
+            backend.stream_stats(problem.hidden, problem.weight[half], partial, argmax, *tail)
+        backend.stream_grad(problem.hidden, problem.weight, out, *parameters, *problem.tail)
+        return partial, argmax, out
+
+    plain = run()
+    timed = []
+
+    def milliseconds(launch):
+        for _ in range(2):
+            launch()
+        timed.append(launch)
+        if len(timed) % 3 == 1:
+            raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
+        return 5.0 if len(timed) != 5 else 1.0
+
+    candidates = configs.neighbours(backend.architecture().single)
+    assert len(set(candidates)) == len(candidates) > 5
+    same = [replace(c, stages=0, group=0) for c in candidates]
+    assert same == same[:1] * len(same), "a candidate may change the order of sums"
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(backend, "_chosen", {})
+    monkeypatch.setattr(backend, "_milliseconds", milliseconds)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setenv("TIGHTROPE_AUTOTUNE", "1")
+    capturing = True
+    run()
+    assert not timed, "timed while a graph was captured"
+    capturing = False
+    for _ in range(2):
+        for tuned, expected in zip(run(), plain):
+            assert torch.equal(tuned, expected)
+    # stream_stats on 50 columns, and stream_grad on 100, once each.
+    assert len(timed) == 2 * len(candidates)
+    assert list(backend._chosen.values()) == [candidates[4], candidates[0]]
 
 
 @pytest.mark.parametrize("wrong", [100, 2**33, -5])

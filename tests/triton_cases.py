@@ -19,6 +19,20 @@ KINDS = ("none", "index", "dense", "topk")
 HOSTILE = ("plain", "peaked", "offset", "negative", "masked", "constant")
 OFFSET = 11  # of the tile in the vocabulary
 
+# Columns of a row of 100 that make its argmax odd: the first NaN wins, then the first maximum.
+NAN, INF = float("nan"), float("inf")
+ODD_COLUMNS = (
+    {34: 1e4, 40: NAN},
+    {33: INF, 40: NAN, 41: NAN, 70: NAN},
+    {3: INF, 99: NAN},
+    {40: NAN, 90: INF},
+    {50: INF, 60: INF},
+    {34: 1e4, 35: 1e4, 90: 1e4},
+    dict.fromkeys(range(100), -INF),
+    {**dict.fromkeys(range(100), -INF), 77: NAN},
+    dict.fromkeys(range(100), NAN),
+)
+
 
 @dataclass
 class Case:
@@ -155,6 +169,25 @@ def coefficients(problem: Case, partial: Tensor) -> tuple[Tensor, Tensor]:
     grads = upstream(summary.shape[1], problem.target is not None)
     grads = StatGrads(*(None if g is None else g.to(summary.dtype) for g in grads))
     return summary[:2].contiguous(), row_coefficients(summary, grads, problem.weight.shape[0])
+
+
+def check_argmax(stats, odd: dict[int, float]) -> None:
+    """The argmax of rows with odd values is torch's, whole and in pieces, with a NaN first as maximum.
+
+    stats: takes (problem, first column, end, partial, argmax, tail) and merges these columns' statistics.
+    """
+    problem = case(3, 100, 16, "none")
+    for column, value in odd.items():
+        problem.tail[5][column] = value
+    expected = problem.transformed(problem.raw()).argmax(-1) + OFFSET
+    for spans in (((0, 100),), ((0, 37), (37, 70), (70, 100))):
+        partial, argmax = new_partial(problem)
+        for start, stop in spans:
+            tail = (OFFSET + start, *problem.tail[1:5], problem.tail[5][start:stop], *problem.tail[6:])
+            stats(problem, start, stop, partial, argmax, tail)
+        assert torch.equal(argmax, expected)
+        has_nan = any(value != value for value in odd.values())
+        assert partial[0].isnan().all() == has_nan
 
 
 def new_partial(problem: Case):

@@ -92,7 +92,13 @@ def _cuda_fuses(rows: int, vocab_size: int, sparse: int, dtype: torch.dtype, dev
 
 def _triton(primitive: str) -> Callable:
     """A primitive of the Triton backend, which is imported when it is first called."""
-    return lambda *args: getattr(importlib.import_module(f"{__name__}.triton"), primitive)(*args)
+
+    def call(tensor, *args):
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device_of(tensor):
+            return getattr(importlib.import_module(f"{__name__}.triton"), primitive)(tensor, *args)
+
+    return call
 
 
 def _find_triton() -> tuple[bool, str]:

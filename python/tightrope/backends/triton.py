@@ -2,8 +2,8 @@
 
 `stream_stats` and `stream_grad` take hidden states [R, D] and a piece of the head [T, D], of one dtype
 (float32, bfloat16 or float16), in the place of logits [R, T], and a top-k target sorted by class; the rest of
-their contract is that of row_stats and row_grad. float32 products are IEEE ones, not tf32. Nothing here
-waits for the device. Imported when first used: under TRITON_INTERPRET=1 the kernels run on CPU tensors,
+their contract is that of row_stats and row_grad. Nothing here waits for the device, but autotuning on
+request. Imported when first used: under TRITON_INTERPRET=1 the kernels run on CPU tensors,
 slowly, for tests and for people without a GPU.
 """
 
@@ -51,10 +51,10 @@ def _by_rows(logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def _writable(out: Tensor) -> Iterator[Tensor]:
+def _writable(out: Tensor, contiguous: bool = False) -> Iterator[Tensor]:
     """Where a kernel writes what is to stand in out: the interpreter truncates bfloat16."""
     truncated = INTERPRETED and out.dtype == torch.bfloat16
-    if not truncated and _by_rows(out) is out:
+    if not truncated and (out.is_contiguous() if contiguous else _by_rows(out) is out):
         yield out
         return
     wide = torch.empty(out.shape, dtype=torch.float32 if truncated else out.dtype, device=out.device)
@@ -149,7 +149,7 @@ def row_grad(
     kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
     logits = _by_rows(logits)
     with _writable(out) as out:
-        rows.row_grad[(count, triton.cdiv(columns, configs.ROW_BLOCK))](
+        rows.row_grad[(count, triton.cdiv(columns, configs.GRAD_BLOCK))](
             logits,
             out,
             norm,
@@ -168,7 +168,7 @@ def row_grad(
             softcap or 0.0,
             TARGET=kind,
             CAPPED=softcap is not None,
-            BLOCK=configs.ROW_BLOCK,
+            BLOCK=configs.GRAD_BLOCK,
             num_warps=configs.ROW_WARPS,
         )
 
@@ -179,52 +179,85 @@ def serves_stream(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def _operands(kernel: str, kind: int, hidden: Tensor, weight: Tensor):
-    """(configuration, kernel arguments for both operands): descriptors where they can be had."""
+    """(configuration, hidden, weight): as the GEMM reads them, of unit stride along D."""
     if INTERPRETED and hidden.dtype == torch.bfloat16:
         # The interpreter's tl.dot multiplies the bit patterns of bfloat16.
         hidden, weight = hidden.float(), weight.float()
-    config = architecture().stream(kernel, KINDS[kind], hidden.dtype.itemsize)
     hidden, weight = (t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous() for t in (hidden, weight))
-    strides = hidden.stride(0), weight.stride(0)
-    if config.descriptors and all(_describable(t) for t in (hidden, weight)):
+    table, itemsize = architecture(), hidden.dtype.itemsize
+    config = table.stream(kernel, KINDS[kind], itemsize)
+    if not all(_aligned(t, 16 // itemsize if config.descriptors else 16) for t in (hidden, weight)):
+        config = table.unaligned(itemsize)
+    return config, hidden, weight
+
+
+def _aligned(tensor: Tensor, multiple: int) -> bool:
+    """Whether its rows are loaded in whole vectors: of some multiple of elements, and by 16 bytes."""
+    width, stride = tensor.shape[1], tensor.stride(0)
+    sizes_fit = width > 0 and stride > 0 and width % multiple == 0 and stride % multiple == 0
+    return sizes_fit and tensor.data_ptr() % 16 == 0
+
+
+# What autotuning chose, by kernel, constants and shape of the head; not by rows, so that it is done once.
+_chosen: dict[tuple, configs.StreamConfig] = {}
+
+
+def _milliseconds(run) -> float:
+    return triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+
+
+def _fastest(config: configs.StreamConfig, run) -> configs.StreamConfig:
+    """The neighbour of a configuration for which run(it) takes the least time.
+
+    A streaming kernel writes its outputs whole and reads none of them, so it may run any number of times.
+    """
+
+    def time(candidate) -> float:
+        try:
+            return _milliseconds(lambda: run(candidate))
+        except triton.runtime.errors.OutOfResources:  # more stages than shared memory holds
+            return float("inf")
+
+    return min(configs.neighbours(config), key=time)
+
+
+def _launch(kernel, config, programs, hidden, weight, *arguments, **meta) -> None:
+    """Run a streaming kernel on operands that `_operands` gave."""
+    meta["TOPK_BLOCK"] = configs.STREAM_TOPK_BLOCK
+    if config.descriptors:
         hidden = TensorDescriptor.from_tensor(hidden, [config.block_m, config.block_k])
         weight = TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k])
-    return config, hidden, weight, strides
+
+    def run(c: configs.StreamConfig) -> None:
+        kernel[(programs,)](
+            hidden,
+            weight,
+            *arguments,
+            BLOCK_M=c.block_m,
+            BLOCK_N=c.block_n,
+            BLOCK_K=c.block_k,
+            GROUP=c.group,
+            PIECES=c.pieces,
+            DESCRIPTORS=c.descriptors,
+            PRECISION=c.precision,
+            num_warps=c.warps,
+            num_stages=c.stages,
+            **meta,
+        )
+
+    if configs.autotuning() and not INTERPRETED:
+        key = (kernel, config, *weight.shape, *meta.values())
+        # Timing waits for the device, which a graph that is being captured forbids.
+        if key not in _chosen and not torch.cuda.is_current_stream_capturing():
+            _chosen[key] = _fastest(config, run)
+        config = _chosen.get(key, config)
+    run(config)
 
 
-def _describable(tensor: Tensor) -> bool:
-    """Whether a tensor descriptor can stand for it: 16-byte alignment of the start and of every row."""
-    stride = tensor.stride(0) * tensor.dtype.itemsize
-    return tensor.numel() > 0 and stride > 0 and stride % 16 == 0 and tensor.data_ptr() % 16 == 0
-
-
-@functools.cache
-def _tuned(kernel, config: configs.StreamConfig):
-    """The kernel, timed on a few neighbours of its configuration when it first meets a shape."""
-    candidates = [
-        triton.Config({"BLOCK_K": c.block_k, "GROUP": c.group}, num_warps=c.warps, num_stages=c.stages)
-        for c in configs.neighbours(config)
-    ]
-    return triton.autotune(candidates, key=["columns", "width"])(kernel)
-
-
-def _launch(kernel, config, hidden, grid, *arguments, **meta) -> None:
-    meta.update(BLOCK_M=config.block_m, BLOCK_N=config.block_n, PIECES=config.pieces)
-    meta["TOPK_BLOCK"] = configs.STREAM_TOPK_BLOCK
-    meta["DESCRIPTORS"] = isinstance(hidden, TensorDescriptor)
-    # A descriptor is made for one BLOCK_K.
-    if configs.autotuning() and not INTERPRETED and not meta["DESCRIPTORS"]:
-        _tuned(kernel, config)[(grid,)](hidden, *arguments, **meta)
-        return
-    meta.update(BLOCK_K=config.block_k, GROUP=config.group)
-    kernel[(grid,)](hidden, *arguments, **meta, num_warps=config.warps, num_stages=config.stages)
-
-
-def segments(columns: int, config: configs.StreamConfig) -> tuple[int, int]:
-    """(tiles in a segment, segments) of a vocabulary; of the vocabulary alone, for batch invariance."""
+def _splits(columns: int, config: configs.StreamConfig) -> int:
+    """How many segments the kernel cuts a vocabulary into: by the vocabulary alone, for batch invariance."""
     tiles = triton.cdiv(columns, config.block_n)
-    each = triton.cdiv(tiles, architecture().segments)
-    return each, triton.cdiv(tiles, each)
+    return triton.cdiv(tiles, triton.cdiv(tiles, architecture().segments))
 
 
 def stream_stats(
@@ -247,8 +280,8 @@ def stream_stats(
     if hidden.shape[0] == 0 or columns == 0:
         return
     kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
-    config = architecture().stream("stream_stats", KINDS[kind], hidden.dtype.itemsize)
-    tiles, splits = segments(columns, config)
+    config, hidden, weight = _operands("stream_stats", kind, hidden, weight)
+    splits = _splits(columns, config)
     most = _PARTS_BYTES // (splits * 4 * (partial.shape[0] + 2)) // config.block_m * config.block_m
     most = max(most, config.block_m)
     if hidden.shape[0] > most:
@@ -262,13 +295,12 @@ def stream_stats(
             partial[:, part] = known
         return
     count = hidden.shape[0]
-    config, hidden, weight, strides = _operands("stream_stats", kind, hidden, weight)
     parts, best = _new_parts(splits, count, partial)
     _launch(
         stream.stream_stats,
         config,
-        hidden,
         triton.cdiv(count, config.block_m) * splits,
+        hidden,
         weight,
         parts,
         best,
@@ -278,15 +310,15 @@ def stream_stats(
         count,
         columns,
         width,
-        *strides,
+        hidden.stride(0),
+        weight.stride(0),
         target_stride,
         offset,
-        splits,
-        tiles,
         float(logit_scale),
         softcap or 0.0,
         TARGET=kind,
         CAPPED=softcap is not None,
+        SEGMENTS=architecture().segments,
     )
     _merge(parts, best, partial, argmax, active)
 
@@ -312,13 +344,13 @@ def stream_grad(
     if count == 0 or columns == 0:
         return
     kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
-    config, hidden, weight, strides = _operands("stream_grad", kind, hidden, weight)
-    with _writable(out) as out:
+    config, hidden, weight = _operands("stream_grad", kind, hidden, weight)
+    with _writable(out, contiguous=True) as out:
         _launch(
             stream.stream_grad,
             config,
-            hidden,
             triton.cdiv(count, config.block_m) * triton.cdiv(columns, config.block_n),
+            hidden,
             weight,
             out,
             norm,
@@ -330,8 +362,8 @@ def stream_grad(
             count,
             columns,
             width,
-            *strides,
-            out.stride(0),
+            hidden.stride(0),
+            weight.stride(0),
             target_stride,
             offset,
             float(logit_scale),
