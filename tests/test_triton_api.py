@@ -96,8 +96,10 @@ def test_mixed_dtypes_and_a_loss_of_ones_own():
         torch.testing.assert_close(ours_, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_streaming_equals_chunked():
+@pytest.mark.parametrize("kind", ["index", "dense", "topk"])
+def test_streaming_equals_chunked(kind):
     problem = linear_problem(40, vocab=150, width=24, ignored=0.2, balance=0.3, z_loss=0.01)
+    problem = with_target(problem, kind, 150)
     chunked = ours(problem, strategy="chunked", backend="triton")
     streaming = ours(problem, strategy="streaming", backend="triton")
     for name in chunked:
