@@ -73,16 +73,23 @@ def test_against_the_reference(n, d, v, options, dtype, kind, strategy):
     if "softcap" not in options:
         bias = None
     actual = run(hidden, weight, bias, target, strategy=strategy, **options)
-    exact = [
-        None if t is None else t.detach().double().cpu().requires_grad_() for t in (hidden, weight, bias)
-    ]
     plain = tuple(t.cpu() for t in target) if kind == "topk" else target.cpu()
-    loss = reference.linear_reality_creativity_loss(exact[0], exact[1], plain, exact[2], **options)
-    expected = (loss.detach(), *torch.autograd.grad(loss, [t for t in exact if t is not None]))
+
+    def truth(precision):
+        leaves = [
+            None if t is None else t.detach().to("cpu", precision).requires_grad_()
+            for t in (hidden, weight, bias)
+        ]
+        loss = reference.linear_reality_creativity_loss(leaves[0], leaves[1], plain, leaves[2], **options)
+        return loss.detach(), *torch.autograd.grad(loss, [t for t in leaves if t is not None])
+
+    exact, rough = truth(torch.float64), truth(torch.float32)
+    assert len(actual) == len(exact)
     step = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
-    assert len(actual) == len(expected)
-    for got, want, rtol in zip(actual, expected, (2e-5, step, step, step)):
-        assert (got.double().cpu() - want).norm() <= rtol * want.norm() + 1e-6
+    for got, want, usual, rtol in zip(actual, exact, rough, (2e-5, step, step, step)):
+        # Peaked rows cancel: there plain float32 PyTorch is the yardstick.
+        allowed = rtol * want.norm() + 4 * (usual.double() - want).norm() + 1e-6
+        assert (got.double().cpu() - want).norm() <= allowed
 
 
 def test_float32_logits_are_as_exact_as_ieee_products():
