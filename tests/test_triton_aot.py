@@ -3,7 +3,6 @@
 Compilation runs in other processes, which TRITON_INTERPRET does not reach.
 """
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,7 +12,10 @@ import pytest
 from helpers import ROOT, child_environment
 from tightrope.kernels import configs
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
+
+from tightrope.kernels import configs
+
 ARCHITECTURES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 
