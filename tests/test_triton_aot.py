@@ -3,6 +3,7 @@
 Compilation runs in other processes, which TRITON_INTERPRET does not reach.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -12,10 +13,7 @@ import pytest
 from helpers import ROOT, child_environment
 from tightrope.kernels import configs
 
-pytest.importorskip("triton", reason="triton is not installed")
-
-from tightrope.kernels import configs
-
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 ARCHITECTURES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 
