@@ -115,13 +115,13 @@ def covering_cases(archs) -> list[Case]:
     # Each row is a kind, then capped, bias, active, aligned and the dtype.
     plan = (
         ("index", True, True, True, "all", "bf16"),
-        ("dense", True, True, False, "none", "bf16"),
+        ("dense", True, True, False, "operands", "bf16"),
+        ("dense", True, False, False, "none", "bf16"),
         ("topk", True, False, True, "operands", "fp16"),
-        ("none", False, False, False, "all", "fp16"),
-        ("dense", True, True, True, "operands", "fp32"),
+        ("none", False, False, False, "none", "fp16"),
+        ("dense", False, True, True, "operands", "fp32"),
         ("topk", False, True, True, "all", "fp32"),
         ("index", False, False, True, "none", "fp32"),
-        ("none", True, True, False, "none", "fp32"),
     )
     found = []
     for arch in archs:

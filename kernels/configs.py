@@ -30,16 +30,15 @@ class Architecture:
     segments: int  # of the vocabulary in stream_stats: one for each processor, for 16 rows to fill it
     half: StreamConfig  # bfloat16 and float16
     single: StreamConfig  # float32
-    # Of stream_stats, by kind of target and bytes of an element, where its epilogue holds more.
-    stats: dict[tuple[str, int], StreamConfig] = field(default_factory=dict)
+    # By kernel, kind of target and bytes of an element, where the epilogue holds more.
+    special: dict[tuple[str, str, int], StreamConfig] = field(default_factory=dict)
     # Where rows are not loaded in whole vectors, which takes registers for single elements.
     half_unaligned: StreamConfig = StreamConfig(64, 64, 32, 8, 3, pieces=2)
     single_unaligned: StreamConfig = StreamConfig(64, 32, 16, 8, 3, pieces=1, precision="tf32x3")
 
     def stream(self, kernel: str, kind: str, itemsize: int) -> StreamConfig:
         """The configuration of a streaming kernel for a kind of target."""
-        usual = self.half if itemsize == 2 else self.single
-        return self.stats.get((kind, itemsize), usual) if kernel == "stream_stats" else usual
+        return self.special.get((kernel, kind, itemsize), self.half if itemsize == 2 else self.single)
 
     def unaligned(self, itemsize: int) -> StreamConfig:
         """The configuration for operands whose rows are not loaded in whole vectors."""
@@ -49,6 +48,8 @@ class Architecture:
 # float32 products on NVIDIA: three tensor-core products of the operands' two tf32 parts, added up outside of
 # the tensor cores in float32 (docs/gpu.md). What splits the operands takes registers.
 _SINGLE = StreamConfig(128, 64, 32, 8, 3, pieces=2, descriptors=True, precision="tf32x3")
+# Dense targets of rows that do not start at whole vectors (V 50257) are loaded entry by entry.
+_DENSE = StreamConfig(64, 64, 64, 8, 4, pieces=2, descriptors=True)
 # Small tiles, so that small problems have several of them.
 _TINY = StreamConfig(32, 32, 32, 4, 1, pieces=2, group=2)
 ARCHITECTURES = {
@@ -58,7 +59,10 @@ ARCHITECTURES = {
         108,
         StreamConfig(128, 64, 64, 8, 3, pieces=2),
         StreamConfig(128, 64, 16, 8, 3, pieces=2, precision="tf32x3"),
-        stats=dict.fromkeys((("dense", 2), ("topk", 2)), StreamConfig(128, 64, 32, 8, 4, pieces=2)),
+        special={
+            ("stream_stats", "dense", 2): StreamConfig(64, 64, 32, 8, 4, pieces=2),
+            ("stream_stats", "topk", 2): StreamConfig(64, 64, 32, 8, 4, pieces=2),
+        },
     ),
     # Descriptors leave addresses to the copy engine: 184 registers, with pointers 255. 128 x 256 spills.
     "sm_90": Architecture(
@@ -66,18 +70,20 @@ ARCHITECTURES = {
         132,
         StreamConfig(128, 128, 64, 8, 3, descriptors=True),
         _SINGLE,
-        stats={
-            ("dense", 2): StreamConfig(128, 64, 64, 8, 4, pieces=2, descriptors=True),
-            ("topk", 2): StreamConfig(128, 64, 64, 8, 4, pieces=2, descriptors=True),
-            ("dense", 4): replace(_SINGLE, block_m=64),
+        special={
+            ("stream_stats", "dense", 2): _DENSE,
+            ("stream_stats", "topk", 2): replace(_DENSE, block_m=128),
+            ("stream_stats", "dense", 4): replace(_SINGLE, block_m=64),
+            ("stream_grad", "dense", 2): replace(_DENSE, block_m=128),
         },
     ),
-    # The accumulators stand in tensor memory, so all targets have room beside them. Those of float32 do not.
+    # The accumulators stand in tensor memory, so most targets have room beside them. Those of float32 do not.
     "sm_100": Architecture(
         232448,
         148,
         StreamConfig(128, 128, 64, 8, 3, descriptors=True),
         replace(_SINGLE, block_m=64, pieces=1),
+        special={("stream_stats", "dense", 2): _DENSE},
     ),
     # 512 registers a thread, and 64 KiB of shared memory, which two stages fill.
     # It has matrix instructions for float32 itself.
