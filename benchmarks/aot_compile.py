@@ -150,18 +150,8 @@ def _source(case: Case) -> tuple[ASTSource, dict]:
     }
     operand = {}
     if config:
-        options = {"num_warps": config.warps, "num_stages": config.stages}
-        constants.update(
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP=config.group,
-            PIECES=config.pieces,
-            TOPK_BLOCK=configs.STREAM_TOPK_BLOCK,
-            DESCRIPTORS=config.descriptors,
-            PRECISION=config.precision,
-            SEGMENTS=configs.ARCHITECTURES[case.arch].segments,
-        )
+        options = config.options
+        constants |= config.constants | {"SEGMENTS": configs.ARCHITECTURES[case.arch].segments}
         operand = {"hidden": config.block_m, "weight": config.block_n}
     types = {
         "logits": f"*{case.dtype}",

@@ -23,6 +23,25 @@ class StreamConfig:
     group: int = 8  # row blocks that share a piece of the head in the second-level cache
     precision: str = "ieee"  # of float32 products, a name of tl.dot's
 
+    @property
+    def constants(self) -> dict[str, object]:
+        """What a streaming kernel is compiled with, by the names of its parameters."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP": self.group,
+            "PIECES": self.pieces,
+            "DESCRIPTORS": self.descriptors,
+            "PRECISION": self.precision,
+            "TOPK_BLOCK": STREAM_TOPK_BLOCK,
+        }
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's own."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
 
 @dataclass(frozen=True)
 class Architecture:

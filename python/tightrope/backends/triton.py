@@ -223,27 +223,12 @@ def _fastest(config: configs.StreamConfig, run) -> configs.StreamConfig:
 
 def _launch(kernel, config, programs, hidden, weight, *arguments, **meta) -> None:
     """Run a streaming kernel on operands that `_operands` gave."""
-    meta["TOPK_BLOCK"] = configs.STREAM_TOPK_BLOCK
     if config.descriptors:
         hidden = TensorDescriptor.from_tensor(hidden, [config.block_m, config.block_k])
         weight = TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k])
 
     def run(c: configs.StreamConfig) -> None:
-        kernel[(programs,)](
-            hidden,
-            weight,
-            *arguments,
-            BLOCK_M=c.block_m,
-            BLOCK_N=c.block_n,
-            BLOCK_K=c.block_k,
-            GROUP=c.group,
-            PIECES=c.pieces,
-            DESCRIPTORS=c.descriptors,
-            PRECISION=c.precision,
-            num_warps=c.warps,
-            num_stages=c.stages,
-            **meta,
-        )
+        kernel[(programs,)](hidden, weight, *arguments, **meta, **c.constants, **c.options)
 
     if configs.autotuning() and not INTERPRETED:
         key = (kernel, config, *weight.shape, *meta.values())
