@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import torch
 
-from helpers import EPS32, assert_no_worse, randn
+from helpers import randn
 from tightrope.backends import triton as backend
 from tightrope.kernels import configs
 from triton_bounds import OutOfBounds, checked_bounds
@@ -21,10 +21,12 @@ from triton_cases import (
     case,
     check_argmax,
     coefficients,
+    judge,
     named_statistics,
     new_partial,
     rounding,
     truth,
+    unwritten_parts,
 )
 
 # The interpreter's numpy warns where a GPU is silent: overflow, inf - inf.
@@ -43,18 +45,7 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_unwritten(monkeypatch):
-    """What kernels hand to each other is NaN, and no place, where it is not written."""
-    new_parts = backend._new_parts
-
-    def unwritten(*args):
-        parts, best = new_parts(*args)
-        return parts.fill_(NAN), best.fill_(-(2**40))
-
-    monkeypatch.setattr(backend, "_new_parts", unwritten)
-
-
-def judge(actual, exact, rough, scale, what):
-    assert_no_worse(actual, exact, rough, 16 * EPS32 * scale, what)
+    unwritten_parts(monkeypatch, backend)
 
 
 def check(problem):

@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.runtime import interpreter
 
-from helpers import EPS32, assert_no_worse, assert_rounded_once, randn
+from helpers import EPS32, assert_rounded_once, randn
 from tightrope.backends import triton as backend
 from tightrope.kernels import configs
 from triton_bounds import checked_bounds
@@ -25,10 +25,12 @@ from triton_cases import (
     case,
     check_argmax,
     coefficients,
+    judge,
     named_statistics,
     new_partial,
     rounding,
     truth,
+    unwritten_parts,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -37,18 +39,7 @@ NAN = float("nan")
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_unwritten(monkeypatch):
-    """What kernels hand to each other is NaN, and no place, where it is not written."""
-    new_parts = backend._new_parts
-
-    def unwritten(*args):
-        parts, best = new_parts(*args)
-        return parts.fill_(NAN), best.fill_(-(2**40))
-
-    monkeypatch.setattr(backend, "_new_parts", unwritten)
-
-
-def judge(actual, exact, rough, scale, what):
-    assert_no_worse(actual, exact, rough, 16 * EPS32 * scale, what)
+    unwritten_parts(monkeypatch, backend)
 
 
 def configure(monkeypatch, **changes):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from helpers import class_indices, rand, randn, top_k
+from helpers import EPS32, assert_no_worse, class_indices, rand, randn, top_k
 from tightrope import reference
 from tightrope.coefficients import row_coefficients
 from tightrope.statistics import StatGrads, empty_partial, row_stats, summarise
@@ -169,6 +169,21 @@ def coefficients(problem: Case, partial: Tensor) -> tuple[Tensor, Tensor]:
     grads = upstream(summary.shape[1], problem.target is not None)
     grads = StatGrads(*(None if g is None else g.to(summary.dtype) for g in grads))
     return summary[:2].contiguous(), row_coefficients(summary, grads, problem.weight.shape[0])
+
+
+def judge(actual, exact, rough, scale, what):
+    assert_no_worse(actual, exact, rough, 16 * EPS32 * scale, what)
+
+
+def unwritten_parts(monkeypatch, backend) -> None:
+    """What kernels hand to each other is NaN, and no place, where it is not written."""
+    new_parts = backend._new_parts
+
+    def unwritten(*args):
+        parts, best = new_parts(*args)
+        return parts.fill_(NAN), best.fill_(-(2**40))
+
+    monkeypatch.setattr(backend, "_new_parts", unwritten)
 
 
 def check_argmax(stats, odd: dict[int, float]) -> None:
