@@ -252,6 +252,17 @@ def test_without_a_truth_nothing_is_measured(tmp_path, monkeypatch):
     assert rows["eager PyTorch"]["skipped"] == "no truth to compare with: exit code -9"
 
 
+def test_where_nobody_competes_nothing_is_computed(tmp_path, monkeypatch):
+    from tightrope.cli.bench import runner
+
+    def call(function, *arguments):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(runner.process, "call", call)
+    rows = dict(runner._measured(TINY, LOSSES[0], [competitor("QuACK")], 1.0, tmp_path))
+    assert "cuda" in rows["QuACK"]["skipped"]
+
+
 def test_eager_is_skipped_where_its_logits_do_not_fit():
     reason = competitor("eager PyTorch").refuses(cases.Case("", 10**6, 64, 10**6), LOSSES[0])
     assert "24000 GB" in reason

@@ -85,7 +85,8 @@ def _measured(
     reasons = {c.name: c.refuses(case, loss) for c in competitors}
     compared = {c.loss_compared(loss) for c in competitors if reasons[c.name] is None}
     try:
-        process.call(write_truths, case, list(compared), truths)
+        if compared:
+            process.call(write_truths, case, list(compared), truths)
     except process.Failed as failure:
         reasons = {name: reason or f"no truth to compare with: {failure}" for name, reason in reasons.items()}
     for competitor in competitors:
