@@ -16,6 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .plan import spans
+
+# Elements of a oneDNN product, which has no form that writes to a given output: so that what is copied out of
+# it is still in cache, and its memory is not fresh from the system each time.
+_PRODUCT = 2**20
+
 
 def multiply(
     a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, scale: Tensor | None = None
@@ -31,10 +37,10 @@ def multiply(
         if widens(a.device, a.dtype):
             return torch.addmm(out, a, b, beta=int(accumulate), out_dtype=out.dtype, out=out)
         a, b = a.to(out.dtype), b.to(out.dtype)
-    if a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and _prefers_onednn():
-        # What torch.compile calls for a linear layer: x [m, k] and weight [n, k] -> x @ weight.T.
-        product = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-        return out.add_(product) if accumulate else out.copy_(product)
+    if a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and b.numel() and _prefers_onednn():
+        for start, stop in spans(a.shape[0], max(_PRODUCT // b.shape[1], 1)):
+            _onednn(a[start:stop], b, out[start:stop], accumulate)
+        return out
     # With beta = 0 a GEMM overwrites its output without reading it.
     return torch.addmm(out, a, b, beta=int(accumulate), out=out)
 
@@ -59,6 +65,15 @@ def headroom(coef: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     exponent = torch.frexp(torch.where(usable, largest, 1.0)).exponent
     one = torch.ones_like(largest)
     return torch.ldexp(coef, -exponent), torch.ldexp(one, exponent)
+
+
+def _onednn(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    # What torch.compile calls for a linear layer: x [m, k] and weight [n, k] -> x @ weight.T, a new tensor.
+    product = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    if accumulate:
+        out.add_(product)
+    else:
+        out.copy_(product)
 
 
 @functools.cache
