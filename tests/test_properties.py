@@ -361,3 +361,20 @@ def test_tiles_cover_the_vocabulary_and_stay_small(rows):
         spans = plan.spans(vocab, width, multiple=16)
         assert [a for a, _ in spans] == [0, *(b for _, b in spans[:-1])] and spans[-1][1] == vocab
         assert all(b - a <= width for a, b in spans)
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab", "megabytes", "expected"),
+    [
+        (1024, 50257, None, "chunked"),
+        (1024, 294912, None, "chunked"),  # 64 rows fit
+        (1024, 294913, None, "streaming"),
+        (63, 294913, None, "chunked"),  # all rows fit
+        (1024, 402056, 256, "chunked"),
+        (1024, 50257, 8, "streaming"),
+    ],
+)
+def test_the_strategy_follows_from_the_rows_that_the_workspace_holds(rows, vocab, megabytes, expected):
+    cpu = torch.device("cpu")
+    workspace = plan.workspace_bytes(megabytes, cpu)
+    assert plan.choose_strategy(rows, vocab, 4, workspace, cpu) == expected
