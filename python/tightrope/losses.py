@@ -17,7 +17,8 @@ REALITY = ("cross_entropy", "squared_error")
 CREATIVITY = ("entropy", "collision")
 
 
-@dataclass(frozen=True)
+# Compared by identity: torch.compile of torch 2.11 asks for the hash of one whose fields are not set yet.
+@dataclass(frozen=True, eq=False)
 class RealityCreativity:
     """``(1 - balance) reality + balance creativity + regularisers`` of each row.
 
