@@ -126,7 +126,7 @@ def test_memory_does_not_grow_with_rows(dtype):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
 def test_only_the_gradients_are_fresh_memory():
-    """A process that never freed a large block: there each temporary came from the system, eight times this."""
+    """In a process that never freed a large block, where temporaries came to eight times the gradients."""
     script = """
 import resource, torch, tightrope
 from tightrope.strategies import gemm

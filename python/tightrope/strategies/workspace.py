@@ -4,8 +4,8 @@ A CPU pays a page fault for every 4 KiB of fresh memory: about 0.1 s for 150 MB,
 second. So one buffer is kept between calls and lent out. A call that finds it lent (another thread, or a
 user's loss that calls this library) allocates its own. Other devices' allocators cache already.
 
-What a GEMM allocates for a tile is smaller and freed at once, and glibc, until it has seen larger blocks freed,
-gives such memory back to the system each time. So it is shown one. Training brings it there by itself.
+What a GEMM allocates for a tile is smaller and freed at once, and glibc, until it has seen larger blocks
+freed, gives such memory back to the system each time. So it is shown one.
 """
 
 from __future__ import annotations
