@@ -363,6 +363,15 @@ def test_tiles_cover_the_vocabulary_and_stay_small(rows):
         assert all(b - a <= width for a, b in spans)
 
 
+def test_a_tile_of_a_head_that_is_converted_is_bounded():
+    """Its copy and its float32 gradient take memory; with one row and D 4096 they took 268 MB each."""
+    cpu = torch.device("cpu")
+    for width in (16, 300, 4096, 100_000):
+        tile = plan.tile_width(1, cpu, width)
+        assert tile == plan.sizes(cpu).tile or tile * width <= plan.sizes(cpu).tile_head
+        assert tile <= plan.tile_width(1, cpu)
+
+
 @pytest.mark.parametrize(
     ("rows", "vocab", "megabytes", "expected"),
     [

@@ -14,7 +14,8 @@ import torch
 class Sizes:
     tile: int  # entries of the vocabulary in a tile, at least
     tile_logits: int  # with few rows a tile is wider, up to so many logits,
-    widest_tile: int  # or so many entries
+    widest_tile: int  # or so many entries;
+    tile_head: int  # or so many elements of the head, where that is converted tile by tile
     streaming_rows: int  # that share one pass over a tile in the streaming strategy without fused kernels
     min_chunk_rows: int  # below this, dW's traffic costs the chunked strategy more than a fourth GEMM
     max_chunk_rows: int  # above this, a tile of a chunk's logits has left the cache before it is scored
@@ -29,6 +30,7 @@ CPU = Sizes(
     tile=1024,
     tile_logits=2**19,
     widest_tile=16384,
+    tile_head=2**22,
     streaming_rows=1024,
     min_chunk_rows=64,
     max_chunk_rows=512,
@@ -40,6 +42,7 @@ GPU = Sizes(
     tile=16384,
     tile_logits=0,
     widest_tile=16384,
+    tile_head=0,
     streaming_rows=8192,
     min_chunk_rows=1024,
     max_chunk_rows=2**16,
@@ -60,10 +63,14 @@ def sizes(device: torch.device) -> Sizes:
     return CPU if device.type == "cpu" else GPU
 
 
-def tile_width(rows: int, device: torch.device) -> int:
-    """Entries of the vocabulary in a tile. With few rows the cost of a tile is that of starting on it."""
+def tile_width(rows: int, device: torch.device, converted: int = 0) -> int:
+    """Entries of the vocabulary in a tile. With few rows the cost of a tile is that of starting on it.
+
+    converted: D, where the tile of the head is converted, and its gradient rounded, which takes memory.
+    """
     own = sizes(device)
-    return max(own.tile, min(own.tile_logits // max(rows, 1), own.widest_tile))
+    widest = min(own.widest_tile, own.tile_head // converted) if converted else own.widest_tile
+    return max(own.tile, min(own.tile_logits // max(rows, 1), widest))
 
 
 def workspace_bytes(workspace_mb: float | None, device: torch.device) -> int:

@@ -136,7 +136,8 @@ class LinearProblem(_Scored):
 
     def tiles(self, rows: int) -> list[tuple[int, int]]:
         """Spans of the vocabulary that go by one at a time, for so many rows."""
-        return plan.spans(self.vocab_size, plan.tile_width(rows, self.device), multiple=16)
+        converted = self.weight.shape[1] if self.weight.dtype != self.operand else 0
+        return plan.spans(self.vocab_size, plan.tile_width(rows, self.device, converted), multiple=16)
 
     def hidden(self, chunk: Chunk) -> Tensor:
         """The chunk's hidden states [size, D]; zeros where a row does not count: no NaN leaks from it."""

@@ -91,6 +91,7 @@ def gradients(
     weight_grad = (
         torch.empty_like(problem.weight, memory_format=torch.contiguous_format) if needs.weight else None
     )
+    exact = problem.weight.dtype == dtype
     bias_grad = torch.zeros_like(problem.bias) if needs.bias else None
     hidden_sum = (
         problem.input.new_zeros((rows.count, problem.input.shape[1]), dtype=dtype) if needs.input else None
@@ -104,7 +105,12 @@ def gradients(
     with borrow(_largest(tiles, blocks), flat_dtype, problem.device) as flat:
         for tile in tiles:
             head = problem.head(*tile)
-            weight_sum = torch.zeros_like(head, dtype=dtype) if needs.weight else None
+            weight_sum = None
+            if needs.weight:
+                # Summed where it is to stand, unless it is to be rounded.
+                weight_sum = weight_grad[tile[0] : tile[1]] if exact else torch.empty_like(head, dtype=dtype)
+                if not chunks:
+                    weight_sum.zero_()
             bias_sum = head.new_zeros(head.shape[0], dtype=dtype)
             for i, (chunk, (start, stop)) in enumerate(zip(chunks, blocks)):
                 hidden = kept[i] if kept else problem.hidden(chunk)
@@ -115,9 +121,11 @@ def gradients(
                     multiply(grad.t(), hidden, weight_sum, accumulate=i > 0)
                 if needs.bias:
                     bias_sum += grad.sum(0, dtype=dtype)
-            for whole, part in ((weight_grad, weight_sum), (bias_grad, bias_sum)):
-                if whole is not None:
-                    whole[tile[0] : tile[1]] = part if undo is None else part.mul_(undo)
+            for total, part in ((weight_grad, weight_sum), (bias_grad, bias_sum)):
+                if total is not None and undo is not None:
+                    part *= undo
+                if total is not None and not (exact and part is weight_sum):
+                    total[tile[0] : tile[1]] = part
     if hidden_sum is not None and undo is not None:
         hidden_sum *= undo
     return _place(hidden_sum, problem), weight_grad, bias_grad
