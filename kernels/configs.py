@@ -102,7 +102,13 @@ ARCHITECTURES = {
         148,
         StreamConfig(128, 128, 64, 8, 3, descriptors=True),
         replace(_SINGLE, block_m=64, pieces=1),
-        special={("stream_stats", "dense", 2): _DENSE},
+        special={
+            ("stream_stats", "dense", 2): _DENSE,
+            # Of float32, those that the assembler holds to few registers, and spills a few bytes.
+            ("stream_stats", "none", 4): replace(_SINGLE, block_m=64),
+            ("stream_stats", "topk", 4): _SINGLE,
+        },
+        single_unaligned=StreamConfig(64, 32, 32, 8, 3, pieces=1, precision="tf32x3"),
     ),
     # 512 registers a thread, and 64 KiB of shared memory, which two stages fill.
     # It has matrix instructions for float32 itself.
@@ -111,6 +117,7 @@ ARCHITECTURES = {
         304,
         StreamConfig(128, 128, 64, 8, 2, pieces=2),
         StreamConfig(64, 64, 16, 8, 3, pieces=2),
+        special={("stream_stats", "dense", 2): StreamConfig(64, 128, 64, 8, 2, pieces=2)},
         single_unaligned=StreamConfig(64, 32, 16, 8, 3, pieces=1),
     ),
     "interpreter": Architecture(2**30, 4, _TINY, _TINY, half_unaligned=_TINY, single_unaligned=_TINY),
