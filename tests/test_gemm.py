@@ -5,10 +5,11 @@ import torch
 
 from tightrope.strategies import gemm
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 LIBRARIES = [
     "default",
-    pytest.param("onednn", marks=pytest.mark.skipif(not HAS_ONEDNN, reason="PyTorch has no oneDNN here")),
+    pytest.param(
+        "onednn", marks=pytest.mark.skipif(not gemm.has_onednn(), reason="PyTorch has no oneDNN here")
+    ),
 ]
 
 

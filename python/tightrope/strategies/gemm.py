@@ -31,15 +31,16 @@ def multiply(
     a and b have the dtype of out, or a narrower one. scale (0-dimensional) multiplies the product.
     """
     if scale is not None:
-        product = multiply(a, b, torch.empty_like(out)).mul_(scale)
-        return out.add_(product) if accumulate else out.copy_(product)
+        return _put(multiply(a, b, torch.empty_like(out)).mul_(scale), out, accumulate)
     if a.dtype != out.dtype:
         if widens(a.device, a.dtype):
             return torch.addmm(out, a, b, beta=int(accumulate), out_dtype=out.dtype, out=out)
         a, b = a.to(out.dtype), b.to(out.dtype)
     if a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and b.numel() and _prefers_onednn():
         for start, stop in spans(a.shape[0], max(_PRODUCT // b.shape[1], 1)):
-            _onednn(a[start:stop], b, out[start:stop], accumulate)
+            # What torch.compile calls for a linear layer: x [m, k] and weight [n, k] -> x @ weight.T.
+            product = torch.ops.mkldnn._linear_pointwise(a[start:stop], b.t(), None, "none", [], "")
+            _put(product, out[start:stop], accumulate)
         return out
     # With beta = 0 a GEMM overwrites its output without reading it.
     return torch.addmm(out, a, b, beta=int(accumulate), out=out)
@@ -67,20 +68,18 @@ def headroom(coef: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     return torch.ldexp(coef, -exponent), torch.ldexp(one, exponent)
 
 
-def _onednn(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    # What torch.compile calls for a linear layer: x [m, k] and weight [n, k] -> x @ weight.T, a new tensor.
-    product = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-    if accumulate:
-        out.add_(product)
-    else:
-        out.copy_(product)
+def _put(product: Tensor, out: Tensor, accumulate: bool) -> Tensor:
+    return out.add_(product) if accumulate else out.copy_(product)
+
+
+def has_onednn() -> bool:
+    """Whether this PyTorch has the oneDNN product that `multiply` calls."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @functools.cache
 def _prefers_onednn() -> bool:
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
-        return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not has_onednn():
         return False
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()

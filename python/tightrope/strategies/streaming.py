@@ -88,10 +88,13 @@ def gradients(
     if problem.streams:
         problem = replace(problem, target=problem.target.in_order())
     coef, undo = headroom(coef, problem.operand)
-    weight_grad = (
-        torch.empty_like(problem.weight, memory_format=torch.contiguous_format) if needs.weight else None
-    )
-    exact = problem.weight.dtype == dtype
+    weight_grad = None
+    if needs.weight:
+        # Without a row nothing is written to it.
+        make = torch.empty_like if blocks else torch.zeros_like
+        weight_grad = make(problem.weight, memory_format=torch.contiguous_format)
+    # Where dW is not rounded it is summed where it is to stand.
+    rounds = problem.weight.dtype != dtype
     bias_grad = torch.zeros_like(problem.bias) if needs.bias else None
     hidden_sum = (
         problem.input.new_zeros((rows.count, problem.input.shape[1]), dtype=dtype) if needs.input else None
@@ -103,14 +106,11 @@ def gradients(
     kept = [problem.hidden(chunk) for chunk in chunks] if problem.streams else None
     flat_dtype = problem.operand if problem.streams else dtype
     with borrow(_largest(tiles, blocks), flat_dtype, problem.device) as flat:
-        for tile in tiles:
-            head = problem.head(*tile)
+        for tile in tiles if blocks else ():
+            head, place = problem.head(*tile), slice(*tile)
             weight_sum = None
             if needs.weight:
-                # Summed where it is to stand, unless it is to be rounded.
-                weight_sum = weight_grad[tile[0] : tile[1]] if exact else torch.empty_like(head, dtype=dtype)
-                if not chunks:
-                    weight_sum.zero_()
+                weight_sum = torch.empty_like(head, dtype=dtype) if rounds else weight_grad[place]
             bias_sum = head.new_zeros(head.shape[0], dtype=dtype)
             for i, (chunk, (start, stop)) in enumerate(zip(chunks, blocks)):
                 hidden = kept[i] if kept else problem.hidden(chunk)
@@ -121,11 +121,14 @@ def gradients(
                     multiply(grad.t(), hidden, weight_sum, accumulate=i > 0)
                 if needs.bias:
                     bias_sum += grad.sum(0, dtype=dtype)
-            for total, part in ((weight_grad, weight_sum), (bias_grad, bias_sum)):
-                if total is not None and undo is not None:
-                    part *= undo
-                if total is not None and not (exact and part is weight_sum):
-                    total[tile[0] : tile[1]] = part
+            if undo is not None:
+                for part in (weight_sum, bias_sum):
+                    if part is not None:
+                        part *= undo
+            if needs.weight and rounds:
+                weight_grad[place] = weight_sum
+            if needs.bias:
+                bias_grad[place] = bias_sum
     if hidden_sum is not None and undo is not None:
         hidden_sum *= undo
     return _place(hidden_sum, problem), weight_grad, bias_grad
