@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from row_cases import DTYPES
+from tightrope.arguments import TileArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "tests" / "simt" / "rows_host.cpp"
@@ -90,10 +91,10 @@ class Simt:
     last: Call | None = field(default=None, repr=False)
 
     def _run(self, kernel: str, logits: Tensor, tail: tuple, **tensors: Tensor) -> None:
-        offset, index, dense, topk_index, topk_prob, bias, active, logit_scale, softcap = tail
+        offset, tile = tail[0], TileArguments(*tail[1:])
         assert logits.stride(1) == 1 or logits.shape[1] == 1
-        tensors |= {"logits": logits, "index": index, "dense": dense, "topk_index": topk_index}
-        tensors |= {"topk_prob": topk_prob, "bias": bias, "active": active}
+        tensors |= {"logits": logits}
+        tensors |= {name: t for name, t in vars(tile).items() if t is None or isinstance(t, Tensor)}
         call = Call(
             dtype=DTYPES.index(logits.dtype),
             out_dtype=DTYPES.index(tensors["out"].dtype if "out" in tensors else logits.dtype),
@@ -104,10 +105,10 @@ class Simt:
             rows=logits.shape[0],
             cols=logits.shape[1],
             offset=offset,
-            logit_scale=logit_scale,
-            softcap=softcap or 0.0,
-            dense_stride=0 if dense is None else dense.stride(0),
-            topk=0 if topk_index is None else topk_index.shape[1],
+            logit_scale=tile.logit_scale,
+            softcap=tile.softcap or 0.0,
+            dense_stride=0 if tile.dense is None else tile.dense.stride(0),
+            topk=0 if tile.topk_index is None else tile.topk_index.shape[1],
             out_stride=tensors["out"].stride(0) if "out" in tensors else 0,
         )
         library().simt_run(KERNELS.index(kernel), ctypes.byref(call))

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .arguments import LinearArguments, LogitsArguments
 from .coefficients import row_coefficients
+from .losses import RealityCreativity
 from .statistics import RowStats, StatGrads, row_stats
-from .strategies import chunked
+from .strategies import chunked, ops
 from .strategies.chunked import Needs
-from .strategies.ops import linear_problem, no_autocast
 
-_ops = torch.ops.tightrope
 # Of the statistics' fields, those that have a gradient, in the order of RowStats.
 _FLOATING = [name for name in RowStats._fields if name != "argmax"]
 
@@ -34,15 +34,20 @@ def _wanted(gradients, needed) -> tuple[Tensor | None, ...]:
     return tuple(g if need else None for g, need in zip(gradients, needed))
 
 
+def _none(ctx, after: int) -> tuple[None, ...]:
+    """The gradients of the arguments after so many: none has one."""
+    return (None,) * (len(ctx.needs_input_grad) - after)
+
+
 class LinearVocabStats(Function):
-    """(input [N, D], weight [V, D], bias [V], target, options) -> the fields of RowStats, [N] each."""
+    """(input [N, D], weight [V, D], bias [V], *LinearArguments) -> the fields of RowStats, [N] each."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, index, dense, topk_index, topk_prob, valid, *options):
-        tensors = (input, weight, bias, index, dense, topk_index, topk_prob, valid)
-        summary, argmax = _ops.linear_stats(*tensors, *options)
-        ctx.save_for_backward(*tensors, summary)
-        ctx.options = options
+    def forward(ctx, input, weight, bias, *flat):
+        arguments = LinearArguments(*flat)
+        summary, argmax = ops.linear_stats(input, weight, bias, arguments)
+        ctx.save_for_backward(summary, input, weight, bias, *arguments.tensors())
+        ctx.others = arguments.others()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(argmax)
         return tuple(row_stats(summary, argmax))
@@ -50,22 +55,23 @@ class LinearVocabStats(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        *tensors, summary = ctx.saved_tensors
-        coef = row_coefficients(summary, _stat_grads(grads), tensors[1].shape[0])
+        summary, input, weight, bias, *tensors = ctx.saved_tensors
+        arguments = LinearArguments.join(tensors, ctx.others)
+        coef = row_coefficients(summary, _stat_grads(grads), weight.shape[0])
         needed = ctx.needs_input_grad[:3]
-        gradients = _ops.linear_stats_backward(summary, coef, *needed, *tensors, *ctx.options)
-        return *_wanted(gradients, needed), *(None,) * (5 + len(ctx.options))
+        gradients = ops.linear_stats_backward(summary, coef, Needs(*needed), input, weight, bias, arguments)
+        return *_wanted(gradients, needed), *_none(ctx, 3)
 
 
 class LogitsVocabStats(Function):
-    """(logits [N, V], target, options) -> the fields of RowStats, [N] each."""
+    """(logits [N, V], *LogitsArguments) -> the fields of RowStats, [N] each."""
 
     @staticmethod
-    def forward(ctx, logits, index, dense, topk_index, topk_prob, valid, *options):
-        tensors = (logits, index, dense, topk_index, topk_prob, valid)
-        summary, argmax = _ops.logits_stats(*tensors, *options)
-        ctx.save_for_backward(*tensors, summary)
-        ctx.options = options
+    def forward(ctx, logits, *flat):
+        arguments = LogitsArguments(*flat)
+        summary, argmax = ops.logits_stats(logits, arguments)
+        ctx.save_for_backward(summary, logits, *arguments.tensors())
+        ctx.others = arguments.others()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(argmax)
         return tuple(row_stats(summary, argmax))
@@ -73,29 +79,36 @@ class LogitsVocabStats(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        *tensors, summary = ctx.saved_tensors
-        coef = row_coefficients(summary, _stat_grads(grads), tensors[0].shape[1])
-        gradient = _ops.logits_stats_backward(summary, coef, *tensors, *ctx.options)
-        return gradient, *(None,) * (5 + len(ctx.options))
+        summary, logits, *tensors = ctx.saved_tensors
+        arguments = LogitsArguments.join(tensors, ctx.others)
+        coef = row_coefficients(summary, _stat_grads(grads), logits.shape[1])
+        return ops.logits_stats_backward(summary, coef, logits, arguments), *_none(ctx, 1)
 
 
 class ChunkedLoss(Function):
     """``sum(row_scale * loss)`` of the built-in losses, with its gradients made in the forward pass.
 
-    (row_scale [N], balance [N], target_square [N], terms, input [N, D], weight [V, D], bias [V], ...)
-    -> (loss, summary [SUMMARY, N], argmax [N]); only the loss has a gradient.
+    (row_scale [N], balance [N], target_square [N], family, input [N, D], weight [V, D], bias [V],
+    *LinearArguments) -> (loss, summary [SUMMARY, N], argmax [N]); only the loss has a gradient.
     """
 
     @staticmethod
-    def forward(ctx, row_scale, balance, target_square, terms, input, weight, bias, *rest):
+    def forward(ctx, row_scale, balance, target_square, family, input, weight, bias, *flat):
         needed = ctx.needs_input_grad[4:7]
-        row_loss, summary, argmax, *gradients, to_balance = _ops.linear_loss(
-            row_scale, balance, target_square, *terms, *needed, input, weight, bias, *rest
+        row_loss, summary, argmax, *gradients, to_balance = ops.linear_loss(
+            row_scale,
+            balance,
+            target_square,
+            RealityCreativity(*family),
+            Needs(*needed),
+            input,
+            weight,
+            bias,
+            LinearArguments(*flat),
         )
         to_input, to_weight, to_bias = _wanted(gradients, needed)
         ctx.save_for_backward(row_loss, to_balance, to_input, to_weight, to_bias)
         ctx.dtypes = [None if t is None else t.dtype for t in (row_scale, balance, input, weight, bias)]
-        ctx.options = len(rest)
         ctx.mark_non_differentiable(summary, argmax)
         return (row_scale * row_loss).sum(), summary, argmax
 
@@ -105,20 +118,19 @@ class ChunkedLoss(Function):
         needs = ctx.needs_input_grad
         needed = (*needs[:2], *needs[4:7])
         scaled = _scale(_wanted(ctx.saved_tensors, needed), ctx.dtypes, upstream)
-        return *scaled[:2], None, None, *scaled[2:], *(None,) * ctx.options
+        return *scaled[:2], None, None, *scaled[2:], *_none(ctx, 7)
 
 
 class CustomChunkedLoss(Function):
-    """`ChunkedLoss` for a user's loss: (loss_fn, row_scale, input, weight, bias, linear tail, *row_args)."""
+    """`ChunkedLoss` for a user's loss: (loss_fn, row_scale, input, weight, bias, arguments, *row_args)."""
 
     @staticmethod
-    def forward(ctx, loss_fn, row_scale, input, weight, bias, tail, *row_args):
-        *options, workspace, backend = tail
-        problem = linear_problem(input, weight, bias, *options, backend)
+    def forward(ctx, loss_fn, row_scale, input, weight, bias, arguments, *row_args):
+        problem = ops.linear_problem(input, weight, bias, arguments)
         upstream = _differentiate(loss_fn, row_scale, row_args, ctx.needs_input_grad[6:])
-        with no_autocast(input.device):
+        with ops.no_autocast(input.device):
             result = chunked.loss_and_gradients(
-                problem, upstream, Needs(*ctx.needs_input_grad[2:5]), workspace
+                problem, upstream, Needs(*ctx.needs_input_grad[2:5]), arguments.workspace
             )
         # Without a single row that counts, loss_fn was never called.
         to_args = result.args or tuple(torch.zeros_like(a) for a in row_args)

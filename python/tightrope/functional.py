@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import tokens as _tokens
 from . import validation
+from .arguments import LinearArguments, LogitsArguments, TokenTarget, Transform
 from .autograd import (
     ChunkedLoss,
     CustomChunkedLoss,
@@ -129,18 +130,23 @@ def linear_reality_creativity_loss(
     flat = _tokens.flatten_target(target, shape, ignore_index, shift, input.device)
     scale = _tokens.row_scale(flat.valid, row_weight, reduction, normalizer, shape, input, dtype)
     balances = _tokens.flatten_rows(balance, shape, flat.valid, input, dtype)
-    terms = (reality, creativity, float(label_smoothing), float(z_loss), float(logit_l2))
+    family = RealityCreativity(
+        vocab_size, reality, creativity, float(label_smoothing), float(z_loss), float(logit_l2)
+    )
     square = None
     if reality == "squared_error":
         square = _tokens.target_square(target, vocab_size, ignore_index, shift, label_smoothing, dtype)
     rows = input.reshape(shape.numel(), input.shape[-1])
-    tail = _linear_tail(flat, logit_scale, softcap, skip_ignored, workspace_mb, backend, input.device)
+    transform = Transform(float(logit_scale), None if softcap is None else float(softcap))
+    arguments = _linear_arguments(flat, transform, skip_ignored, workspace_mb, backend, input.device)
     if _strategy(strategy, reduction, rows, weight, bias, workspace_mb) == "chunked":
-        loss, summary, argmax = ChunkedLoss.apply(scale, balances, square, terms, rows, weight, bias, *tail)
+        loss, summary, argmax = ChunkedLoss.apply(
+            scale, balances, square, family.flat(), rows, weight, bias, *arguments.flat()
+        )
         stats = row_stats(summary, argmax) if return_stats else None
     else:
-        stats = RowStats(*LinearVocabStats.apply(rows, weight, bias, *tail))
-        loss = RealityCreativity(vocab_size, *terms)(stats, balances, square)
+        stats = RowStats(*LinearVocabStats.apply(rows, weight, bias, *arguments.flat()))
+        loss = family(stats, balances, square)
         loss = _reduce(loss, scale, flat.valid, reduction, shape)
     return (loss, _detached(stats, shape)) if return_stats else loss
 
@@ -208,7 +214,9 @@ def reality_creativity_loss(
     if reality == "squared_error":
         square = _tokens.target_square(target, vocab_size, ignore_index, shift, label_smoothing, dtype)
     rows = logits.reshape(-1, vocab_size)
-    stats = RowStats(*LogitsVocabStats.apply(rows, *flat.arguments, float(logit_scale), softcap, backend))
+    transform = Transform(float(logit_scale), None if softcap is None else float(softcap))
+    arguments = LogitsArguments(**vars(flat), **vars(transform), backend=backend)
+    stats = RowStats(*LogitsVocabStats.apply(rows, *arguments.flat()))
     loss = _reduce(family(stats, balances, square), scale, flat.valid, reduction, shape)
     return (loss, _detached(stats, shape)) if return_stats else loss
 
@@ -253,8 +261,10 @@ def linear_vocab_stats(
     validation.transform(logit_scale, softcap)
     validation.run_options(backend, workspace_mb, None, skip_ignored)
     flat = _tokens.flatten_target(target, shape, ignore_index, shift, input.device)
-    tail = _linear_tail(flat, logit_scale, softcap, skip_ignored, workspace_mb, backend, input.device)
-    stats = LinearVocabStats.apply(input.reshape(shape.numel(), input.shape[-1]), weight, bias, *tail)
+    transform = Transform(float(logit_scale), None if softcap is None else float(softcap))
+    arguments = _linear_arguments(flat, transform, skip_ignored, workspace_mb, backend, input.device)
+    rows = input.reshape(shape.numel(), input.shape[-1])
+    stats = LinearVocabStats.apply(rows, weight, bias, *arguments.flat())
     return _tokens.unflatten(RowStats(*stats), shape, target is not None)
 
 
@@ -323,14 +333,15 @@ def linear_vocab_loss(
     scale = _tokens.row_scale(flat.valid, row_weight, reduction, normalizer, shape, input, dtype)
     args = [_tokens.flatten_arg(arg, shape, flat.valid) for arg in row_args]
     rows = input.reshape(shape.numel(), input.shape[-1])
-    tail = _linear_tail(flat, logit_scale, softcap, skip_ignored, workspace_mb, backend, input.device)
+    transform = Transform(float(logit_scale), None if softcap is None else float(softcap))
+    arguments = _linear_arguments(flat, transform, skip_ignored, workspace_mb, backend, input.device)
     chosen = _strategy(strategy, reduction, rows, weight, bias, workspace_mb)
     # A compiler sees a user's loss as plain Python between two operators, and not in a loop over chunks.
     if chosen == "chunked" and not torch.compiler.is_compiling():
-        loss, summary, argmax = CustomChunkedLoss.apply(loss_fn, scale, rows, weight, bias, tail, *args)
+        loss, summary, argmax = CustomChunkedLoss.apply(loss_fn, scale, rows, weight, bias, arguments, *args)
         stats = row_stats(summary, argmax) if return_stats else None
     else:
-        stats = RowStats(*LinearVocabStats.apply(rows, weight, bias, *tail))
+        stats = RowStats(*LinearVocabStats.apply(rows, weight, bias, *arguments.flat()))
         loss = loss_fn(stats, *args)
         check_row_loss(loss, rows.shape[0])
         loss = _reduce(loss, scale, flat.valid, reduction, shape)
@@ -362,21 +373,20 @@ def _check_loss(
     validation.shift(shift, shape)
 
 
-def _linear_tail(flat, logit_scale, softcap, skip_ignored, workspace_mb, backend, device) -> tuple:
-    """The arguments of the linear operators that follow input, weight and bias."""
+def _linear_arguments(
+    target: TokenTarget,
+    transform: Transform,
+    skip_ignored: bool | None,
+    workspace_mb: float | None,
+    backend: str | None,
+    device: torch.device,
+) -> LinearArguments:
     # On a GPU skipping needs the count of rows on the host, which a graph capture or a trace cannot give.
     skip = skip_ignored is not False
-    if skip and flat.valid is not None and device.type == "cuda":
+    if skip and target.valid is not None and device.type == "cuda":
         skip = not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
-    cap = None if softcap is None else float(softcap)
-    return (
-        *flat.arguments,
-        float(logit_scale),
-        cap,
-        skip,
-        plan.workspace_bytes(workspace_mb, device),
-        backend,
-    )
+    workspace = plan.workspace_bytes(workspace_mb, device)
+    return LinearArguments(**vars(target), **vars(transform), backend=backend, skip=skip, workspace=workspace)
 
 
 def _strategy(strategy, reduction, rows, weight, bias, workspace_mb) -> str:

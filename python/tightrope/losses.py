@@ -6,10 +6,9 @@ dispatcher operator, where autograd does not record; a test holds the one agains
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
+from .arguments import Arguments, group
 from .coefficients import RowUpstream
 from .statistics import RowStats, StatGrads
 
@@ -17,9 +16,8 @@ REALITY = ("cross_entropy", "squared_error")
 CREATIVITY = ("entropy", "collision")
 
 
-# Compared by identity: torch.compile of torch 2.11 asks for the hash of one whose fields are not set yet.
-@dataclass(frozen=True, eq=False)
-class RealityCreativity:
+@group
+class RealityCreativity(Arguments):
     """``(1 - balance) reality + balance creativity + regularisers`` of each row.
 
     After Sinha, Song and Zhou, *A Mathematical Abstraction for Balancing the Trade-off Between Creativity

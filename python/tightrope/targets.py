@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import TargetArguments, group
+
 _PIECE = 2**22
 
 
@@ -40,23 +42,10 @@ class TopKTarget(NamedTuple):
     probs: Tensor
 
 
-class TargetTile(NamedTuple):
-    """The targets of a chunk of rows in a tile of the vocabulary, as the row primitives take them."""
-
-    index: Tensor | None
-    dense: Tensor | None
-    topk_index: Tensor | None
-    topk_prob: Tensor | None
-
-
-@dataclass(frozen=True)
-class Target:
+@group
+class Target(TargetArguments):
     """The target of every row, of one kind at most. Row i of dense and topk_* belongs to row i - shift."""
 
-    index: Tensor | None = None  # [N] int64, already shifted
-    dense: Tensor | None = None  # [N, V]
-    topk_index: Tensor | None = None  # [N, K] int64
-    topk_prob: Tensor | None = None  # [N, K]
     shift: int = 0
 
     def check_range(self, valid: Tensor | None, vocab_size: int) -> None:
@@ -114,14 +103,14 @@ class TargetChunk:
     source: slice | Tensor
     dtype: torch.dtype
 
-    def tile(self, start: int, stop: int) -> TargetTile:
+    def tile(self, start: int, stop: int) -> TargetArguments:
         """The part that concerns entries ``start:stop`` of the vocabulary; indices stay global."""
         dense = None
         if self.dense is not None:
             dense = self.dense[:, start:stop][self.source].to(self.dtype)
             if dense.stride(-1) != 1 and dense.shape[-1] > 1:
                 dense = dense.contiguous()
-        return TargetTile(self.index, dense, self.topk_index, self.topk_prob)
+        return TargetArguments(self.index, dense, self.topk_index, self.topk_prob)
 
 
 def smoothed_square(

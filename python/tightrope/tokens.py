@@ -7,29 +7,12 @@ token dimension have no target and count as ignored.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from .arguments import TokenTarget
 from .statistics import RowStats
 from .targets import NO_CLASS, TopKTarget, smoothed_square
-
-
-@dataclass(frozen=True)
-class TokenTarget:
-    """The target arguments of the operators: index, dense, topk_index, topk_prob, valid, shift."""
-
-    index: Tensor | None
-    dense: Tensor | None
-    topk_index: Tensor | None
-    topk_prob: Tensor | None
-    valid: Tensor | None
-    shift: int
-
-    @property
-    def arguments(self) -> tuple:
-        return (self.index, self.dense, self.topk_index, self.topk_prob, self.valid, self.shift)
 
 
 def flatten_target(

@@ -20,21 +20,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..arguments import Signature, TargetArguments, TileArguments, Transform
 from ..coefficients import RowCoefficients, RowUpstream, row_coefficients
 from ..statistics import empty_partial, merge, origin, summarise
 
 _library = torch.library.Library("tightrope", "DEF")
 
 
-def define(schema: str, implementation: Callable, fake: Callable) -> None:
-    """Register an operator ``tightrope::<schema>`` for every device, and its fake for torch.compile."""
-    _library.define(schema)
-    name = schema[: schema.index("(")]
+def define(name: str, signature: Signature, returns: str, implementation: Callable, fake: Callable) -> None:
+    """Register ``tightrope::<name>`` for every device, and its fake for torch.compile."""
+    _library.define(f"{name}({signature.schema}) -> {returns}")
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tightrope::{name}", fake, lib=_library)
 
 
-def _transform(raw: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor:
+def _transform(raw: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
+    logit_scale, softcap = transform.logit_scale, transform.softcap
     u = raw.to(torch.promote_types(raw.dtype, torch.float32))
     if bias is not None:
         u = u + bias
@@ -43,51 +44,37 @@ def _transform(raw: Tensor, bias: Tensor | None, logit_scale: float, softcap: fl
     return u if softcap is None else softcap * torch.tanh(u / softcap)
 
 
-def _sparse_target(
-    z: Tensor,
-    offset: int,
-    index: Tensor | None,
-    topk_index: Tensor | None,
-    topk_prob: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _sparse_target(z: Tensor, offset: int, target: TargetArguments) -> tuple[Tensor, Tensor] | None:
     """Columns [R, K] of the sparse targets that fall in this tile, and their mass (0 where they do not)."""
+    index, topk_index, topk_prob = target.index, target.topk_index, target.topk_prob
+    if index is None and topk_index is None:
+        return None
     indices = index.unsqueeze(-1) if topk_index is None else topk_index
     inside = (indices >= offset) & (indices < offset + z.shape[-1])
     mass = inside.to(z.dtype) if topk_prob is None else topk_prob * inside
     return (indices - offset).masked_fill(~inside, 0), mass
 
 
-def row_stats(
-    logits,
-    partial,
-    argmax,
-    offset,
-    index,
-    dense,
-    topk_index,
-    topk_prob,
-    bias,
-    active,
-    logit_scale,
-    softcap,
-) -> None:
+def row_stats(logits, partial, argmax, offset, *arguments) -> None:
     """Merge the statistics of a tile of logits into partial and argmax; see the top of this file."""
     if logits.shape[-1] == 0:
         return
-    z = _transform(logits, bias, logit_scale, softcap)
+    tile = TileArguments(*arguments)
+    z = _transform(logits, tile.bias, tile)
     top, best = z.max(-1)
     d = z - origin(top).unsqueeze(-1)
     e = d.exp()
     zero = torch.zeros_like(top)
     target_shift, target_exp, mass = zero, zero, zero
-    if dense is not None:
-        target_shift = (dense * d.masked_fill(dense == 0, 0.0)).sum(-1)
-        target_exp, mass = (dense * e).sum(-1), dense.sum(-1)
-    elif index is not None or topk_index is not None:
-        columns, b = _sparse_target(z, offset, index, topk_index, topk_prob)
+    sparse = _sparse_target(z, offset, tile)
+    if tile.dense is not None:
+        target_shift = (tile.dense * d.masked_fill(tile.dense == 0, 0.0)).sum(-1)
+        target_exp, mass = (tile.dense * e).sum(-1), tile.dense.sum(-1)
+    elif sparse is not None:
+        columns, b = sparse
         target_shift = (b * d.gather(-1, columns).masked_fill(b == 0, 0.0)).sum(-1)
         target_exp, mass = (b * e.gather(-1, columns)).sum(-1), b.sum(-1)
-    tile = torch.stack(
+    part = torch.stack(
         [
             top,
             e.sum(-1),
@@ -103,96 +90,77 @@ def row_stats(
         ]
     )
     better = (argmax < 0) | (top > partial[0]) | (top.isnan() & ~partial[0].isnan())
-    merged = merge(partial, tile)
-    if active is not None:
-        better = better & active
-        merged = torch.where(active, merged, partial)
+    merged = merge(partial, part)
+    if tile.active is not None:
+        better = better & tile.active
+        merged = torch.where(tile.active, merged, partial)
     argmax.copy_(torch.where(better, best + offset, argmax))
     partial.copy_(merged)
 
 
-def row_grad(
-    logits,
-    out,
-    norm,
-    coef,
-    offset,
-    index,
-    dense,
-    topk_index,
-    topk_prob,
-    bias,
-    active,
-    logit_scale,
-    softcap,
-) -> None:
+def row_grad(logits, out, norm, coef, offset, *arguments) -> None:
     """Write dloss/dlogits of a tile to out; see the top of this file."""
-    z = _transform(logits, bias, logit_scale, softcap)
+    tile = TileArguments(*arguments)
+    z = _transform(logits, tile.bias, tile)
     c = RowCoefficients(*coef.unsqueeze(-1))
     log_p = (z - norm[0].unsqueeze(-1)) - norm[1].unsqueeze(-1)
     p = log_p.exp()
     grad = p * (c.prob + c.prob_log_prob * log_p.masked_fill(p == 0, 0.0) + c.prob_square * p)
-    if dense is not None:
-        grad += dense * (c.target + c.target_prob * p)
-    elif index is not None or topk_index is not None:
-        columns, b = _sparse_target(z, offset, index, topk_index, topk_prob)
+    sparse = _sparse_target(z, offset, tile)
+    if tile.dense is not None:
+        grad += tile.dense * (c.target + c.target_prob * p)
+    elif sparse is not None:
+        columns, b = sparse
         grad.scatter_add_(-1, columns, b * (c.target + c.target_prob * p.gather(-1, columns)))
     # Skipped when absent, not multiplied by zero: a masked entry has z = -inf.
     grad += torch.where(c.logit == 0, 0.0, c.logit * z) + c.constant
-    if softcap is not None:
-        grad *= 1.0 - (z / softcap).square()
-    if logit_scale != 1.0:
-        grad *= logit_scale
-    if active is not None:
-        grad.masked_fill_(~active.unsqueeze(-1), 0.0)
+    if tile.softcap is not None:
+        grad *= 1.0 - (z / tile.softcap).square()
+    if tile.logit_scale != 1.0:
+        grad *= tile.logit_scale
+    if tile.active is not None:
+        grad.masked_fill_(~tile.active.unsqueeze(-1), 0.0)
     out.copy_(grad)
 
 
-def row_loss_grad(
-    logits,
-    out,
-    partial,
-    argmax,
-    upstream,
-    index,
-    dense,
-    topk_index,
-    topk_prob,
-    bias,
-    active,
-    logit_scale,
-    softcap,
-) -> None:
+def row_loss_grad(logits, out, partial, argmax, upstream, *arguments) -> None:
     """Write statistics and dloss/dlogits of whole rows in one operator; see the top of this file."""
-    tail = (0, index, dense, topk_index, topk_prob, bias, active, logit_scale, softcap)
+    tile = TileArguments(*arguments)
     fresh, best = empty_partial(logits.shape[0], partial.dtype, logits.device)
-    row_stats(logits, fresh, best, *tail)
-    summary = summarise(fresh, target_must_occur=index is not None)
+    row_stats(logits, fresh, best, 0, *arguments)
+    summary = summarise(fresh, target_must_occur=tile.index is not None)
     coef = row_coefficients(summary, RowUpstream(*upstream).at(summary), logits.shape[-1])
-    row_grad(logits, out, summary[:2], coef, *tail)
-    if active is not None:
-        fresh, best = torch.where(active, fresh, partial), torch.where(active, best, argmax)
+    row_grad(logits, out, summary[:2], coef, 0, *arguments)
+    if tile.active is not None:
+        fresh, best = torch.where(tile.active, fresh, partial), torch.where(tile.active, best, argmax)
     partial.copy_(fresh)
     argmax.copy_(best)
 
 
-_TARGET_ARGS = (
-    "Tensor? index, Tensor? dense, Tensor? topk_index, Tensor? topk_prob, "
-    "Tensor? bias, Tensor? active, float logit_scale, float? softcap) -> ()"
-)
+def _fake(*_) -> None:
+    """They write to what they are given."""
+
+
+_STATISTICS = ("Tensor(b!) partial", "Tensor(c!) argmax")
+_OUT = ("Tensor logits", "Tensor(a!) out")
 define(
-    f"row_stats(Tensor logits, Tensor(a!) partial, Tensor(b!) argmax, int offset, {_TARGET_ARGS}",
+    "row_stats",
+    Signature("Tensor logits", *_STATISTICS, "int offset", TileArguments),
+    "()",
     row_stats,
-    lambda *args: None,
+    _fake,
 )
 define(
-    f"row_grad(Tensor logits, Tensor(a!) out, Tensor norm, Tensor coef, int offset, {_TARGET_ARGS}",
+    "row_grad",
+    Signature(*_OUT, "Tensor norm", "Tensor coef", "int offset", TileArguments),
+    "()",
     row_grad,
-    lambda *args: None,
+    _fake,
 )
 define(
-    "row_loss_grad(Tensor logits, Tensor(a!) out, Tensor(b!) partial, Tensor(c!) argmax, Tensor upstream, "
-    f"{_TARGET_ARGS}",
+    "row_loss_grad",
+    Signature(*_OUT, *_STATISTICS, "Tensor upstream", TileArguments),
+    "()",
     row_loss_grad,
-    lambda *args: None,
+    _fake,
 )

@@ -12,12 +12,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..arguments import TileArguments
 from ..kernels import configs, rows, stream
 
 INTERPRETED = not isinstance(rows.row_stats, triton.JITFunction)
@@ -36,13 +38,20 @@ def architecture() -> configs.Architecture:
     return configs.ARCHITECTURES[configs.architecture_name(target.backend, target.arch)]
 
 
-def _target(index, dense, topk_index, topk_prob) -> tuple[int, Tensor | None, Tensor | None, int]:
+def _target(tile: TileArguments) -> tuple[int, Tensor | None, Tensor | None, int]:
     """Kind, target, probabilities and row stride, as the kernels take them."""
-    if dense is not None:
-        return 2, dense, None, dense.stride(0)
-    if topk_index is not None:
-        return 3, topk_index, topk_prob, topk_index.shape[1]
-    return (0, None, None, 0) if index is None else (1, index, None, 0)
+    if tile.dense is not None:
+        return 2, tile.dense, None, tile.dense.stride(0)
+    if tile.topk_index is not None:
+        return 3, tile.topk_index, tile.topk_prob, tile.topk_index.shape[1]
+    return (0, None, None, 0) if tile.index is None else (1, tile.index, None, 0)
+
+
+def _part(tile: TileArguments, rows: slice) -> TileArguments:
+    """The arguments of some of the rows."""
+    per_row = ("index", "dense", "topk_index", "topk_prob", "active")
+    given = {name: getattr(tile, name) for name in per_row}
+    return replace(tile, **{name: None if t is None else t[rows] for name, t in given.items()})
 
 
 def _by_rows(logits: Tensor) -> Tensor:
@@ -80,20 +89,7 @@ def _merge(parts, best, partial, argmax, active) -> None:
     )
 
 
-def row_stats(
-    logits,
-    partial,
-    argmax,
-    offset,
-    index,
-    dense,
-    topk_index,
-    topk_prob,
-    bias,
-    active,
-    logit_scale,
-    softcap,
-) -> None:
+def row_stats(logits, partial, argmax, offset, *arguments) -> None:
     """Merge the statistics of a tile of logits into partial and argmax."""
     count, columns = logits.shape
     if count == 0 or columns == 0:
@@ -101,52 +97,40 @@ def row_stats(
     logits = _by_rows(logits)
     splits = triton.cdiv(columns, configs.ROW_BLOCK * configs.ROW_BLOCKS)
     parts, best = _new_parts(splits, count, partial)
-    kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
+    tile = TileArguments(*arguments)
+    kind, target, target_prob, target_stride = _target(tile)
     rows.row_stats[(count, splits)](
         logits,
         parts,
         best,
         target,
         target_prob,
-        bias,
-        active,
+        tile.bias,
+        tile.active,
         count,
         columns,
         logits.stride(0),
         target_stride,
         offset,
-        float(logit_scale),
-        softcap or 0.0,
+        float(tile.logit_scale),
+        tile.softcap or 0.0,
         TARGET=kind,
-        CAPPED=softcap is not None,
+        CAPPED=tile.softcap is not None,
         BLOCK=configs.ROW_BLOCK,
         BLOCKS=configs.ROW_BLOCKS,
         TOPK_BLOCK=configs.TOPK_BLOCK,
         num_warps=configs.ROW_WARPS,
     )
-    _merge(parts, best, partial, argmax, active)
+    _merge(parts, best, partial, argmax, tile.active)
 
 
-def row_grad(
-    logits,
-    out,
-    norm,
-    coef,
-    offset,
-    index,
-    dense,
-    topk_index,
-    topk_prob,
-    bias,
-    active,
-    logit_scale,
-    softcap,
-) -> None:
+def row_grad(logits, out, norm, coef, offset, *arguments) -> None:
     """Write dloss/dlogits of a tile to out, which may be the logits, or narrower."""
     count, columns = logits.shape
     if count == 0 or columns == 0:
         return
-    kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
+    tile = TileArguments(*arguments)
+    kind, target, target_prob, target_stride = _target(tile)
     logits = _by_rows(logits)
     with _writable(out) as out:
         rows.row_grad[(count, triton.cdiv(columns, configs.GRAD_BLOCK))](
@@ -156,18 +140,18 @@ def row_grad(
             coef,
             target,
             target_prob,
-            bias,
-            active,
+            tile.bias,
+            tile.active,
             count,
             columns,
             logits.stride(0),
             out.stride(0),
             target_stride,
             offset,
-            float(logit_scale),
-            softcap or 0.0,
+            float(tile.logit_scale),
+            tile.softcap or 0.0,
             TARGET=kind,
-            CAPPED=softcap is not None,
+            CAPPED=tile.softcap is not None,
             BLOCK=configs.GRAD_BLOCK,
             num_warps=configs.ROW_WARPS,
         )
@@ -245,26 +229,13 @@ def _splits(columns: int, config: configs.StreamConfig) -> int:
     return triton.cdiv(tiles, triton.cdiv(tiles, architecture().segments))
 
 
-def stream_stats(
-    hidden,
-    weight,
-    partial,
-    argmax,
-    offset,
-    index,
-    dense,
-    topk_index,
-    topk_prob,
-    bias,
-    active,
-    logit_scale,
-    softcap,
-) -> None:
+def stream_stats(hidden, weight, partial, argmax, offset, *arguments) -> None:
     """Merge the statistics of ``hidden @ weight.T`` into partial and argmax."""
     columns, width = weight.shape
     if hidden.shape[0] == 0 or columns == 0:
         return
-    kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
+    tile = TileArguments(*arguments)
+    kind, target, target_prob, target_stride = _target(tile)
     config, hidden, weight = _operands("stream_stats", kind, hidden, weight)
     splits = _splits(columns, config)
     most = _PARTS_BYTES // (splits * 4 * (partial.shape[0] + 2)) // config.block_m * config.block_m
@@ -273,10 +244,7 @@ def stream_stats(
         for start in range(0, hidden.shape[0], most):
             part = slice(start, start + most)
             known = partial[:, part].contiguous()
-            cut = [None if t is None else t[part] for t in (index, dense, topk_index, topk_prob)]
-            alive = None if active is None else active[part]
-            tail = (offset, *cut, bias, alive, logit_scale, softcap)
-            stream_stats(hidden[part], weight, known, argmax[part], *tail)
+            stream_stats(hidden[part], weight, known, argmax[part], offset, *_part(tile, part).flat())
             partial[:, part] = known
         return
     count = hidden.shape[0]
@@ -291,7 +259,7 @@ def stream_stats(
         best,
         target,
         target_prob,
-        bias,
+        tile.bias,
         count,
         columns,
         width,
@@ -299,36 +267,22 @@ def stream_stats(
         weight.stride(0),
         target_stride,
         offset,
-        float(logit_scale),
-        softcap or 0.0,
+        float(tile.logit_scale),
+        tile.softcap or 0.0,
         TARGET=kind,
-        CAPPED=softcap is not None,
+        CAPPED=tile.softcap is not None,
         SEGMENTS=architecture().segments,
     )
-    _merge(parts, best, partial, argmax, active)
+    _merge(parts, best, partial, argmax, tile.active)
 
 
-def stream_grad(
-    hidden,
-    weight,
-    out,
-    norm,
-    coef,
-    offset,
-    index,
-    dense,
-    topk_index,
-    topk_prob,
-    bias,
-    active,
-    logit_scale,
-    softcap,
-) -> None:
+def stream_grad(hidden, weight, out, norm, coef, offset, *arguments) -> None:
     """Write the gradient of the logits ``hidden @ weight.T`` to out [R, T]."""
     count, (columns, width) = hidden.shape[0], weight.shape
     if count == 0 or columns == 0:
         return
-    kind, target, target_prob, target_stride = _target(index, dense, topk_index, topk_prob)
+    tile = TileArguments(*arguments)
+    kind, target, target_prob, target_stride = _target(tile)
     config, hidden, weight = _operands("stream_grad", kind, hidden, weight)
     with _writable(out, contiguous=True) as out:
         _launch(
@@ -342,8 +296,8 @@ def stream_grad(
             coef,
             target,
             target_prob,
-            bias,
-            active,
+            tile.bias,
+            tile.active,
             count,
             columns,
             width,
@@ -351,8 +305,8 @@ def stream_grad(
             weight.stride(0),
             target_stride,
             offset,
-            float(logit_scale),
-            softcap or 0.0,
+            float(tile.logit_scale),
+            tile.softcap or 0.0,
             TARGET=kind,
-            CAPPED=softcap is not None,
+            CAPPED=tile.softcap is not None,
         )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import Arguments, group
 from ..coefficients import row_coefficients
 from ..statistics import RowStats, StatGrads, row_stats
 from . import plan
@@ -31,13 +32,13 @@ Upstream = Callable[[RowStats, Chunk], tuple[Tensor, StatGrads, tuple[Tensor | N
 Ahead = Callable[[Chunk], Tensor]
 
 
-@dataclass(frozen=True)
-class Needs:
+@group
+class Needs(Arguments):
     """Which gradients are wanted; the others cost no GEMM and no memory."""
 
-    input: bool
-    weight: bool
-    bias: bool
+    input_grad: bool
+    weight_grad: bool
+    bias_grad: bool
 
 
 @dataclass
@@ -65,13 +66,13 @@ def loss_and_gradients(
     result = ChunkedResult(
         torch.zeros(rows.total, dtype=dtype, device=device), summary, argmax, None, None, None, ()
     )
-    if needs.input:
+    if needs.input_grad:
         # Rows that are gathered out keep the zeros.
         make = torch.empty if rows.kept is None else torch.zeros
         result.input = make(problem.input.shape, dtype=dtype, device=device)
-    if needs.weight:
+    if needs.weight_grad:
         result.weight = torch.empty(problem.weight.shape, dtype=dtype, device=device)
-    if needs.bias:
+    if needs.bias_grad:
         result.bias = torch.zeros(vocab_size, dtype=dtype, device=device)
 
     chunks, stride, fused = _plan(problem, workspace, ahead is not None)
@@ -89,7 +90,7 @@ def loss_and_gradients(
                 tiles = zip(problem.tiles(chunk.size), logits)
                 grads = (problem.row_grad(raw, norm, coef, chunk, tile) for tile, raw in tiles)
             _backward(problem, chunk, grads, undo, hidden, result)
-    if needs.weight and not chunks:
+    if needs.weight_grad and not chunks:
         result.weight.zero_()
     return result
 

@@ -28,7 +28,8 @@ def statistics(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
     summary, argmax = problem.empty_summary()
     for chunk, logits in _chunks(problem):
         partial, best = problem.new_partial(chunk.size)
-        problem.backend.row_stats(logits, partial, best, *problem.tail(chunk))
+        arguments = problem.tile_arguments(chunk, (0, logits.shape[1]))
+        problem.backend.row_stats(logits, partial, best, 0, *arguments)
         summary[:, chunk.where] = problem.summarise(partial, chunk)
         argmax[chunk.where] = best
     return summary, argmax
@@ -40,5 +41,6 @@ def gradient(problem: LogitsProblem, summary: Tensor, coef: Tensor) -> Tensor:
     for chunk, logits in _chunks(problem):
         norm = summary[:2, chunk.where].contiguous()
         part = coef[:, chunk.where].contiguous()
-        problem.backend.row_grad(logits, out[chunk.where], norm, part, *problem.tail(chunk))
+        arguments = problem.tile_arguments(chunk, (0, logits.shape[1]))
+        problem.backend.row_grad(logits, out[chunk.where], norm, part, 0, *arguments)
     return out

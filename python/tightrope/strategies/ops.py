@@ -7,30 +7,24 @@ None: a gradient that was not asked for is a tensor of no elements.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..arguments import LinearArguments, LogitsArguments, Signature, Transform
 from ..backends.ops import define
 from ..losses import RealityCreativity
 from ..statistics import SUMMARY
 from ..targets import Target
 from . import chunked, dense, streaming
 from .chunked import Needs, Upstream
-from .problem import LinearProblem, LogitsProblem, Rows, Transform, arithmetic_dtype
+from .problem import LinearProblem, LogitsProblem, Rows, arithmetic_dtype
 
-# The tail that the operators share. input [N, D], weight [V, D], bias [V]; the target is index [N], dense
-# [N, V], or topk_index and topk_prob [N, K]; valid [N] says which rows count, and skip whether the others
-# are gathered out or masked; workspace is in bytes.
-_TARGET = "Tensor? index, Tensor? dense, Tensor? topk_index, Tensor? topk_prob, Tensor? valid, int shift"
-_TRANSFORM = "float logit_scale, float? softcap"
-_LINEAR = (
-    f"Tensor input, Tensor weight, Tensor? bias, {_TARGET}, {_TRANSFORM}, "
-    "bool skip, int workspace, str? backend"
-)
-_LOGITS = f"Tensor logits, {_TARGET}, {_TRANSFORM}, str? backend"
-_NEEDS = "bool need_input, bool need_weight, bool need_bias"
-_FAMILY = "str reality, str creativity, float label_smoothing, float z_loss, float logit_l2"
+# input [N, D], weight [V, D], bias [V]; logits [N, V].
+_HEAD = ("Tensor input", "Tensor weight", "Tensor? bias", LinearArguments)
+_LOGITS = ("Tensor logits", LogitsArguments)
 
 
 def no_autocast(device: torch.device):
@@ -39,37 +33,22 @@ def no_autocast(device: torch.device):
 
 
 def linear_problem(
-    input,
-    weight,
-    bias,
-    index,
-    dense_target,
-    topk_index,
-    topk_prob,
-    valid,
-    shift,
-    logit_scale,
-    softcap,
-    skip,
-    backend,
+    input: Tensor, weight: Tensor, bias: Tensor | None, arguments: LinearArguments
 ) -> LinearProblem:
     """The arguments of the linear operators as one object. Raises IndexError for a class out of range."""
-    target = Target(index, dense_target, topk_index, topk_prob, shift)
-    target.check_range(valid, weight.shape[0])
-    return LinearProblem(
-        input,
-        weight,
-        bias,
-        target,
-        Rows.of(input.shape[0], valid, skip),
-        Transform(logit_scale, softcap),
-        backends.resolve(backend, input.device),
-    )
+    target = arguments.part(Target)
+    target.check_range(arguments.valid, weight.shape[0])
+    rows = Rows.of(input.shape[0], arguments.valid, arguments.skip)
+    backend = backends.resolve(arguments.backend, input.device)
+    return LinearProblem(input, weight, bias, target, rows, arguments.part(Transform), backend)
 
 
-def _split(*linear) -> tuple[LinearProblem, int]:
-    *head, workspace, backend = linear
-    return linear_problem(*head, backend), workspace
+def _logits_problem(logits: Tensor, arguments: LogitsArguments) -> LogitsProblem:
+    target = arguments.part(Target)
+    target.check_range(arguments.valid, logits.shape[1])
+    rows = Rows.of(logits.shape[0], arguments.valid, skip=False)
+    backend = backends.resolve(arguments.backend, logits.device)
+    return LogitsProblem(logits, target, rows, arguments.part(Transform), backend)
 
 
 def _given(gradients, like: Tensor) -> tuple[Tensor, ...]:
@@ -83,49 +62,45 @@ def _fake_statistics(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     )
 
 
-def _fake_gradients(needs, tensors, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+def _fake_gradients(needs: Needs, tensors, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
     return tuple(
         t.new_empty(t.shape, dtype=dtype or t.dtype) if need else tensors[0].new_empty(0)
-        for need, t in zip(needs, tensors)
+        for need, t in zip(needs.flat(), tensors)
     )
 
 
-def _linear_stats(*linear) -> tuple[Tensor, Tensor]:
+def _linear_stats(input, weight, bias, arguments: LinearArguments) -> tuple[Tensor, Tensor]:
     """Summary [SUMMARY, N] and argmax [N]."""
-    problem, workspace = _split(*linear)
-    with no_autocast(problem.input.device):
-        return streaming.statistics(problem, workspace)
+    problem = linear_problem(input, weight, bias, arguments)
+    with no_autocast(input.device):
+        return streaming.statistics(problem, arguments.workspace)
 
 
-def _linear_stats_fake(input, weight, bias, *_):
+def _linear_stats_fake(input, weight, bias, arguments):
     return _fake_statistics(input, arithmetic_dtype(input, weight, bias))
 
 
-def _linear_stats_backward(summary, coef, need_input, need_weight, need_bias, *linear):
+def _linear_stats_backward(summary, coef, needs: Needs, input, weight, bias, arguments: LinearArguments):
     """Gradients of input, weight and bias, in their dtypes, from the coefficients [7, N] of every row."""
-    problem, workspace = _split(*linear)
-    needs = Needs(need_input, need_weight, need_bias)
-    with no_autocast(problem.input.device):
-        return _given(streaming.gradients(problem, summary, coef, needs, workspace), problem.input)
+    problem = linear_problem(input, weight, bias, arguments)
+    with no_autocast(input.device):
+        return _given(streaming.gradients(problem, summary, coef, needs, arguments.workspace), input)
 
 
-def _linear_stats_backward_fake(summary, coef, need_input, need_weight, need_bias, *linear):
-    return _fake_gradients((need_input, need_weight, need_bias), linear[:3])
+def _linear_stats_backward_fake(summary, coef, needs, input, weight, bias, arguments):
+    return _fake_gradients(needs, (input, weight, bias))
 
 
 def _linear_loss(
     row_scale,
     balance,
-    square,
-    reality,
-    creativity,
-    label_smoothing,
-    z_loss,
-    logit_l2,
-    need_input,
-    need_weight,
-    need_bias,
-    *linear,
+    target_square,
+    family: RealityCreativity,
+    needs: Needs,
+    input,
+    weight,
+    bias,
+    arguments: LinearArguments,
 ):
     """The whole chunk loop of the built-in losses.
 
@@ -133,18 +108,15 @@ def _linear_loss(
     ``sum(row_scale * loss)`` with respect to input, weight, bias (in the dtype of the arithmetic: the one
     rounding comes after the upstream gradient is known) and balance [N].
     """
-    problem, workspace = _split(*linear)
-    family = RealityCreativity(problem.vocab_size, reality, creativity, label_smoothing, z_loss, logit_l2)
-    needs = Needs(need_input, need_weight, need_bias)
+    problem = linear_problem(input, weight, bias, arguments)
+    upstream = _upstream(family, row_scale, balance, target_square)
 
     def ahead(chunk):
         return family.upstream(balance[chunk.where], row_scale[chunk.where])
 
-    with no_autocast(problem.input.device):
-        result = chunked.loss_and_gradients(
-            problem, _upstream(family, row_scale, balance, square), needs, workspace, ahead
-        )
-    grads = _given((result.input, result.weight, result.bias), problem.input)
+    with no_autocast(input.device):
+        result = chunked.loss_and_gradients(problem, upstream, needs, arguments.workspace, ahead)
+    grads = _given((result.input, result.weight, result.bias), input)
     to_balance = result.args[0] if result.args else torch.zeros_like(row_scale)
     return result.row_loss, result.summary, result.argmax, *grads, to_balance
 
@@ -162,79 +134,73 @@ def _upstream(
     return upstream
 
 
-def _linear_loss_fake(
-    row_scale,
-    balance,
-    square,
-    reality,
-    creativity,
-    label_smoothing,
-    z_loss,
-    logit_l2,
-    need_input,
-    need_weight,
-    need_bias,
-    *linear,
-):
-    input, weight, bias = linear[:3]
+def _linear_loss_fake(row_scale, balance, target_square, family, needs, input, weight, bias, arguments):
     dtype = arithmetic_dtype(input, weight, bias)
     return (
         torch.empty_like(row_scale),
         *_fake_statistics(input, dtype),
-        *_fake_gradients((need_input, need_weight, need_bias), (input, weight, bias), dtype),
+        *_fake_gradients(needs, (input, weight, bias), dtype),
         torch.empty_like(row_scale),
     )
 
 
-def _logits_problem(
-    logits, index, dense_target, topk_index, topk_prob, valid, shift, logit_scale, softcap, backend
-) -> LogitsProblem:
-    target = Target(index, dense_target, topk_index, topk_prob, shift)
-    target.check_range(valid, logits.shape[1])
-    rows = Rows.of(logits.shape[0], valid, skip=False)
-    transform = Transform(logit_scale, softcap)
-    return LogitsProblem(logits, target, rows, transform, backends.resolve(backend, logits.device))
-
-
-def _logits_stats(*logits) -> tuple[Tensor, Tensor]:
+def _logits_stats(logits, arguments: LogitsArguments) -> tuple[Tensor, Tensor]:
     """Summary [SUMMARY, N] and argmax [N]."""
-    problem = _logits_problem(*logits)
-    with no_autocast(problem.logits.device):
+    problem = _logits_problem(logits, arguments)
+    with no_autocast(logits.device):
         return dense.statistics(problem)
 
 
-def _logits_stats_fake(logits, *_):
+def _logits_stats_fake(logits, arguments):
     return _fake_statistics(logits, arithmetic_dtype(logits))
 
 
-def _logits_stats_backward(summary, coef, *logits) -> Tensor:
+def _logits_stats_backward(summary, coef, logits, arguments: LogitsArguments) -> Tensor:
     """Gradient of the logits [N, V] from the coefficients [7, N] of every row."""
-    problem = _logits_problem(*logits)
-    with no_autocast(problem.logits.device):
+    problem = _logits_problem(logits, arguments)
+    with no_autocast(logits.device):
         return dense.gradient(problem, summary, coef)
 
 
-def _logits_stats_backward_fake(summary, coef, logits, *_):
+def _logits_stats_backward_fake(summary, coef, logits, arguments):
     return logits.new_empty(logits.shape)
 
 
-_STATISTICS = "-> (Tensor summary, Tensor argmax)"
+def _define(name: str, signature: Signature, returns: str, driver: Callable, fake: Callable) -> Callable:
+    """Register a driver that takes one object for each part of its signature; gives what calls it so."""
+
+    def flat(function: Callable) -> Callable:
+        return lambda *arguments: function(*signature.unflatten(*arguments))
+
+    define(name, signature, returns, flat(driver), flat(fake))
+    operator = getattr(torch.ops.tightrope, name)
+    return lambda *arguments: operator(*signature.flatten(*arguments))
+
+
+_STATISTICS = "(Tensor summary, Tensor argmax)"
 _GRADIENTS = "Tensor to_input, Tensor to_weight, Tensor to_bias"
-define(f"linear_stats({_LINEAR}) {_STATISTICS}", _linear_stats, _linear_stats_fake)
-define(
-    f"linear_stats_backward(Tensor summary, Tensor coef, {_NEEDS}, {_LINEAR}) -> ({_GRADIENTS})",
+linear_stats = _define("linear_stats", Signature(*_HEAD), _STATISTICS, _linear_stats, _linear_stats_fake)
+linear_stats_backward = _define(
+    "linear_stats_backward",
+    Signature("Tensor summary", "Tensor coef", Needs, *_HEAD),
+    f"({_GRADIENTS})",
     _linear_stats_backward,
     _linear_stats_backward_fake,
 )
-define(
-    f"linear_loss(Tensor row_scale, Tensor balance, Tensor? target_square, {_FAMILY}, {_NEEDS}, {_LINEAR}) "
-    f"-> (Tensor row_loss, Tensor summary, Tensor argmax, {_GRADIENTS}, Tensor to_balance)",
+linear_loss = _define(
+    "linear_loss",
+    Signature(
+        "Tensor row_scale", "Tensor balance", "Tensor? target_square", RealityCreativity, Needs, *_HEAD
+    ),
+    f"(Tensor row_loss, Tensor summary, Tensor argmax, {_GRADIENTS}, Tensor to_balance)",
     _linear_loss,
     _linear_loss_fake,
 )
-define(f"logits_stats({_LOGITS}) {_STATISTICS}", _logits_stats, _logits_stats_fake)
-define(
-    f"logits_stats_backward(Tensor summary, Tensor coef, {_LOGITS}) -> Tensor",
+logits_stats = _define("logits_stats", Signature(*_LOGITS), _STATISTICS, _logits_stats, _logits_stats_fake)
+logits_stats_backward = _define(
+    "logits_stats_backward",
+    Signature("Tensor summary", "Tensor coef", *_LOGITS),
+    "Tensor",
     _logits_stats_backward,
     _logits_stats_backward_fake,
 )

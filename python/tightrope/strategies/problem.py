@@ -13,19 +13,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..arguments import TileArguments, Transform
 from ..backends import Backend
 from ..statistics import SUMMARY, empty_partial, summarise
 from ..targets import Target, TargetChunk
 from . import plan
 from .gemm import multiply, widens
-
-
-@dataclass(frozen=True)
-class Transform:
-    """How raw logits become logits: ``z = softcap tanh(logit_scale (x + bias) / softcap)``."""
-
-    logit_scale: float
-    softcap: float | None
 
 
 @dataclass(frozen=True)
@@ -87,6 +80,11 @@ class _Scored:
         total, device = self.rows.total, self.device
         summary = torch.zeros(len(SUMMARY), total, dtype=self.dtype, device=device)
         return summary, torch.full((total,), -1, dtype=torch.int64, device=device)
+
+    def tile_arguments(self, chunk: Chunk, tile: tuple[int, int], bias: Tensor | None = None) -> tuple:
+        """The flat `TileArguments` of a chunk of rows and a tile of the vocabulary."""
+        parts = {**vars(chunk.target.tile(*tile)), **vars(self.transform)}
+        return TileArguments(**parts, bias=bias, active=chunk.active).flat()
 
     def new_partial(self, rows: int) -> tuple[Tensor, Tensor]:
         return empty_partial(rows, self.dtype, self.device)
@@ -162,7 +160,7 @@ class LinearProblem(_Scored):
     def row_stats(
         self, raw: Tensor, partial: Tensor, argmax: Tensor, chunk: Chunk, tile: tuple[int, int]
     ) -> None:
-        self.backend.row_stats(raw, partial, argmax, tile[0], *self._tail(chunk, tile))
+        self.backend.row_stats(raw, partial, argmax, tile[0], *self._arguments(chunk, tile))
 
     def row_grad(
         self, raw: Tensor, norm: Tensor, coef: Tensor, chunk: Chunk, tile: tuple[int, int]
@@ -170,7 +168,7 @@ class LinearProblem(_Scored):
         """Gradient with respect to the raw logits, as a GEMM's operand: in place where dtypes allow."""
         narrow = self.operand != raw.dtype and self.backend.narrows
         out = torch.empty_like(raw, dtype=self.operand) if narrow else raw
-        self.backend.row_grad(raw, out, norm, coef, tile[0], *self._tail(chunk, tile))
+        self.backend.row_grad(raw, out, norm, coef, tile[0], *self._arguments(chunk, tile))
         return out.to(self.operand)
 
     def fuses(self, rows: int) -> bool:
@@ -195,31 +193,24 @@ class LinearProblem(_Scored):
         if self.operand != raw.dtype:
             shape, stride = (raw.shape[0], raw.stride(0)), (raw.stride(0), 1)
             out = raw.as_strided(shape, stride).view(self.operand)[:, : raw.shape[1]]
-        tail = self._tail(chunk, (0, self.vocab_size))
-        self.backend.row_loss_grad(raw, out, partial, argmax, upstream, *tail)
+        arguments = self._arguments(chunk, (0, self.vocab_size))
+        self.backend.row_loss_grad(raw, out, partial, argmax, upstream, *arguments)
         return out
 
     def stream_stats(
         self, hidden: Tensor, partial: Tensor, argmax: Tensor, chunk: Chunk, tile: tuple[int, int]
     ) -> None:
-        tail = self._tail(chunk, tile)
-        self.backend.stream_stats(hidden, self.head(*tile), partial, argmax, tile[0], *tail)
+        arguments = self._arguments(chunk, tile)
+        self.backend.stream_stats(hidden, self.head(*tile), partial, argmax, tile[0], *arguments)
 
     def stream_grad(
         self, hidden: Tensor, out: Tensor, norm: Tensor, coef: Tensor, chunk: Chunk, tile: tuple[int, int]
     ) -> None:
-        tail = self._tail(chunk, tile)
-        self.backend.stream_grad(hidden, self.head(*tile), out, norm, coef, tile[0], *tail)
+        arguments = self._arguments(chunk, tile)
+        self.backend.stream_grad(hidden, self.head(*tile), out, norm, coef, tile[0], *arguments)
 
-    def _tail(self, chunk: Chunk, tile: tuple[int, int]) -> tuple:
-        t = self.transform
-        return (
-            *chunk.target.tile(*tile),
-            self.head_bias(*tile),
-            chunk.active,
-            t.logit_scale,
-            t.softcap,
-        )
+    def _arguments(self, chunk: Chunk, tile: tuple[int, int]) -> tuple:
+        return self.tile_arguments(chunk, tile, self.head_bias(*tile))
 
 
 @dataclass(frozen=True)
@@ -239,11 +230,6 @@ class LogitsProblem(_Scored):
     @property
     def device(self) -> torch.device:
         return self.logits.device
-
-    def tail(self, chunk: Chunk) -> tuple:
-        """The arguments that the row primitives share."""
-        tile = chunk.target.tile(0, self.logits.shape[1])
-        return (0, *tile, None, chunk.active, self.transform.logit_scale, self.transform.softcap)
 
 
 def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:

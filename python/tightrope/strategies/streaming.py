@@ -89,15 +89,15 @@ def gradients(
         problem = replace(problem, target=problem.target.in_order())
     coef, undo = headroom(coef, problem.operand)
     weight_grad = None
-    if needs.weight:
+    if needs.weight_grad:
         # Without a row nothing is written to it.
         make = torch.empty_like if blocks else torch.zeros_like
         weight_grad = make(problem.weight, memory_format=torch.contiguous_format)
     # Where dW is not rounded it is summed where it is to stand.
     rounds = problem.weight.dtype != dtype
-    bias_grad = torch.zeros_like(problem.bias) if needs.bias else None
+    bias_grad = torch.zeros_like(problem.bias) if needs.bias_grad else None
     hidden_sum = (
-        problem.input.new_zeros((rows.count, problem.input.shape[1]), dtype=dtype) if needs.input else None
+        problem.input.new_zeros((rows.count, problem.input.shape[1]), dtype=dtype) if needs.input_grad else None
     )
     chunks = [rows.chunk(start, stop, problem.target, dtype) for start, stop in blocks]
     norms = [summary[:2, chunk.where].contiguous() for chunk in chunks]
@@ -109,7 +109,7 @@ def gradients(
         for tile in tiles if blocks else ():
             head, place = problem.head(*tile), slice(*tile)
             weight_sum = None
-            if needs.weight:
+            if needs.weight_grad:
                 weight_sum = torch.empty_like(head, dtype=dtype) if rounds else weight_grad[place]
             bias_sum = head.new_zeros(head.shape[0], dtype=dtype)
             for i, (chunk, (start, stop)) in enumerate(zip(chunks, blocks)):
@@ -119,15 +119,15 @@ def gradients(
                     multiply(grad, head, hidden_sum[start:stop], accumulate=tile[0] > 0)
                 if weight_sum is not None:
                     multiply(grad.t(), hidden, weight_sum, accumulate=i > 0)
-                if needs.bias:
+                if needs.bias_grad:
                     bias_sum += grad.sum(0, dtype=dtype)
             if undo is not None:
                 for part in (weight_sum, bias_sum):
                     if part is not None:
                         part *= undo
-            if needs.weight and rounds:
+            if needs.weight_grad and rounds:
                 weight_grad[place] = weight_sum
-            if needs.bias:
+            if needs.bias_grad:
                 bias_grad[place] = bias_sum
     if hidden_sum is not None and undo is not None:
         hidden_sum *= undo
