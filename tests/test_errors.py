@@ -196,8 +196,93 @@ LOSS = {
     "z_loss": ({"z_loss": float("inf")}, ValueError, "z_loss", "inf", "finite"),
     "z_loss is a string": ({"z_loss": "1"}, TypeError, "z_loss", "str", "number"),
     "logit_l2": ({"logit_l2": float("nan")}, ValueError, "logit_l2", "nan", "finite"),
-    "normalizer is 0": ({"normalizer": 0}, ValueError, "normalizer", "0", "above 0"),
-    "normalizer is negative": ({"normalizer": -1.5}, ValueError, "normalizer", "-1.5", "above 0"),
+    "normalizer is negative": ({"normalizer": -1.5}, ValueError, "normalizer", "-1.5", "at least 0"),
+    "normalizer is NaN": ({"normalizer": float("nan")}, ValueError, "normalizer", "nan", "at least 0"),
+    "normalizer is infinite": ({"normalizer": float("inf")}, ValueError, "normalizer", "inf", "finite"),
+    "normalizer tensor is negative": (
+        {"normalizer": torch.tensor(-5)},
+        ValueError,
+        "normalizer",
+        "-5",
+        "at least 0",
+    ),
+    "normalizer tensor is NaN": (
+        {"normalizer": torch.tensor([float("nan")])},
+        ValueError,
+        "normalizer",
+        "nan",
+        "at least 0",
+    ),
+    "weights of both signs": (
+        {"row_weight": torch.tensor([1.0, -0.5, 3.0])},
+        ValueError,
+        "row_weight",
+        "-0.5",
+        "normalizer=",
+    ),
+    "ignore_index of a distribution": (
+        {"target": torch.zeros(N, V), "ignore_index": 0},
+        ValueError,
+        "ignore_index",
+        "0",
+        "row_weight of 0",
+    ),
+    "class_weight is a list": ({"class_weight": [1.0] * V}, TypeError, "class_weight", "list", "tensor"),
+    "class_weight is integer": ({"class_weight": BIAS.long()}, TypeError, "class_weight", "int64", "float32"),
+    "class_weight length": ({"class_weight": torch.ones(4)}, ValueError, "class_weight", r"\[4\]", r"\[5\]"),
+    "class_weight on another device": (
+        {"class_weight": BIAS.to(META)},
+        ValueError,
+        "class_weight",
+        "meta",
+        "cpu",
+    ),
+    "class_weight requires grad": (
+        {"class_weight": torch.ones(V, requires_grad=True)},
+        ValueError,
+        "class_weight",
+        "requires grad",
+        "not",
+    ),
+    "class_weight of the squared error": (
+        {"class_weight": torch.ones(V), "reality": "squared_error"},
+        ValueError,
+        "class_weight",
+        "squared_error",
+        "cross_entropy",
+    ),
+    "class V with class_weight": (
+        {"target": torch.tensor([0, 5, 1]), "class_weight": torch.ones(V)},
+        IndexError,
+        "target",
+        "5",
+        r"\[0, 5\)",
+    ),
+    "logit_scale overflows float32": ({"logit_scale": 1e40}, ValueError, "logit_scale", r"1e\+40", "float32"),
+    "logit_scale of two": (
+        {"logit_scale": torch.ones(2)},
+        TypeError,
+        "logit_scale",
+        r"\[2\]",
+        "finite number",
+    ),
+    "logit_scale requires grad": (
+        {"logit_scale": torch.ones((), requires_grad=True)},
+        ValueError,
+        "logit_scale",
+        "requires grad",
+        "no gradient",
+    ),
+    "softcap overflows float32": ({"softcap": 1e39}, ValueError, "softcap", r"1e\+39", "float32"),
+    "softcap underflows float32": ({"softcap": 1e-46}, ValueError, "softcap", "1e-46", "at least"),
+    "z_loss overflows float32": ({"z_loss": 1e39}, ValueError, "z_loss", r"1e\+39", "float32"),
+    "workspace_mb is beyond all memory": (
+        {"workspace_mb": 1e30},
+        ValueError,
+        "workspace_mb",
+        r"1e\+30",
+        "at most",
+    ),
     "normalizer is a string": ({"normalizer": "3"}, TypeError, "normalizer", "str", "number"),
     "normalizer shape": ({"normalizer": torch.ones(2)}, ValueError, "normalizer", r"\[2\]", "0-dim"),
     "normalizer requires grad": (
@@ -254,7 +339,7 @@ LOGITS_ONLY = {
     "logits of no classes": ({"logits": torch.zeros(N, 0)}, ValueError, "logits", r"\[3, 0\]", "at least 1"),
 }
 LINEAR_ONLY = {"input", "weight", "bias", "skip_ignored", "workspace_mb", "strategy"}
-TERMS_ONLY = {"balance", "reality", "creativity", "label_smoothing", "z_loss", "logit_l2"}
+TERMS_ONLY = {"balance", "reality", "creativity", "label_smoothing", "class_weight", "z_loss", "logit_l2"}
 NOT_STATISTICS = TERMS_ONLY | {"row_weight", "reduction", "normalizer", "return_stats", "strategy"}
 
 
@@ -272,6 +357,9 @@ def rejects(function, defaults, row):
     assert message.index(":") < 30, f"the argument does not come first: {message}"
 
 
+# A loss of one's own may do without a target.
+WITHOUT_TERMS = [case for case in without(TERMS_ONLY) if case != "target is None"]
+OF_LOGITS = without(LINEAR_ONLY) | OWN_LOSS | LOGITS_ONLY
 LINEAR_DEFAULTS = {"input": HIDDEN, "weight": HEAD, "target": TARGET, "bias": BIAS}
 
 
@@ -291,12 +379,28 @@ def test_statistics(case):
     rejects(tightrope.linear_vocab_stats, LINEAR_DEFAULTS, LOSS[case])
 
 
-@pytest.mark.parametrize("case", without(TERMS_ONLY) | OWN_LOSS)
+@pytest.mark.parametrize("case", [*WITHOUT_TERMS, *OWN_LOSS])
 @pytest.mark.parametrize("strategy", ["chunked", "streaming"])
 def test_own_loss(case, strategy):
     defaults = {**LINEAR_DEFAULTS, "loss_fn": lambda stats, *_: stats.lse, "strategy": strategy}
     defaults["input"] = HIDDEN.clone().requires_grad_()
     rejects(tightrope.linear_vocab_loss, defaults, (LOSS | OWN_LOSS)[case])
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in [*WITHOUT_TERMS, *OWN_LOSS, *LOGITS_ONLY] if case in OF_LOGITS]
+)
+def test_own_loss_of_logits(case):
+    """What the linear function refuses is refused for logits too."""
+    row = (LOSS | OWN_LOSS | LOGITS_ONLY)[case]
+    defaults = {"logits": torch.zeros(N, V), "target": TARGET, "loss_fn": lambda stats, *_: stats.lse}
+    rejects(tightrope.vocab_loss, defaults, row)
+
+
+@pytest.mark.parametrize("case", [c for c in without(NOT_STATISTICS | LINEAR_ONLY) if c != "target is None"])
+def test_statistics_of_logits(case):
+    """What the linear function refuses is refused for logits too."""
+    rejects(tightrope.vocab_stats, {"logits": torch.zeros(N, V), "target": TARGET}, LOSS[case])
 
 
 def test_own_loss_that_captures_a_parameter():

@@ -4,10 +4,11 @@ from .functional import (
     linear_reality_creativity_loss,
     linear_vocab_loss,
     linear_vocab_stats,
-    reality_creativity_loss,
 )
+from .logits import reality_creativity_loss, vocab_loss, vocab_stats
 from .modules import LinearRealityCreativityLoss, RealityCreativityLoss
 from .statistics import RowStats
+from .strategies import flops as _flops  # noqa: F401
 from .targets import TopKTarget
 
 __version__ = "0.1.0"
@@ -21,4 +22,6 @@ __all__ = [
     "linear_vocab_loss",
     "linear_vocab_stats",
     "reality_creativity_loss",
+    "vocab_loss",
+    "vocab_stats",
 ]

@@ -101,7 +101,7 @@ class TargetArguments(Arguments):
     """The target of each row, of one kind at most."""
 
     index: Tensor | None = None  # [N] int64
-    dense: Tensor | None = None  # [N, V], or a tile's columns of it
+    dense: Tensor | None = None  # (..., V) of N rows, or a tile's columns of it [N, T]
     topk_index: Tensor | None = None  # [N, K] int64
     topk_prob: Tensor | None = None  # [N, K]
 
@@ -131,6 +131,8 @@ class TokenTarget(TargetArguments):
 
     valid: Tensor | None = None  # [N] bool: the rows that count; None: all
     shift: int = 0  # row i of dense and topk_* belongs to row i - shift
+    class_weight: Tensor | None = None  # [V]: weighs the target, (1 - smoothing) b + smoothing / V
+    smoothing: float = 0.0
 
 
 @group

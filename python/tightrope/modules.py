@@ -1,64 +1,103 @@
-"""The losses as modules: the functions of `functional`, with the options fixed at construction."""
+"""The losses as modules: the functions of `functional` and `logits`, with the options fixed at construction.
+
+Options that are tensors belong to the module: a Parameter (a balance that is learned) is one of its
+parameters, another tensor (class weights) a buffer, so that ``.to()``, optimizers and state dicts find them.
+"""
 
 from __future__ import annotations
 
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
 from torch import Tensor, nn
 
 from . import validation
-from .functional import linear_reality_creativity_loss, reality_creativity_loss
+from .functional import linear_reality_creativity_loss
+from .logits import reality_creativity_loss
 from .statistics import RowStats
 from .targets import TopKTarget
+
+if TYPE_CHECKING:
+    from .options import BackendName, Creativity, Integer, Number, Reality, Reduction, Strategy
 
 
 class _Loss(nn.Module):
     """Holds options; checks those that need no tensors; shows in its repr those that were given."""
 
-    def __init__(self, options: dict[str, object], defaults: dict[str, object]):
+    def __init__(self, options: dict[str, Any]):
         super().__init__()
-        for name in options:
-            if name not in defaults:
-                raise TypeError(
-                    f"{type(self).__name__}: got option {name!r}, expected one of {', '.join(defaults)}"
-                )
-        self.options = options
-        given = {**defaults, **options}
-        validation.loss_terms(
-            *(given[k] for k in ("reality", "creativity", "label_smoothing", "z_loss", "logit_l2"))
-        )
-        validation.transform(given["logit_scale"], given["softcap"])
-        if not isinstance(given["balance"], Tensor):
-            validation.number("balance", given["balance"], low=0.0, high=1.0)
-        if given["normalizer"] is not None:
-            validation.normalizer(given["normalizer"])
-        validation.choice("reduction", given["reduction"], validation.REDUCTIONS)
-        validation.integer("ignore_index", given["ignore_index"])
-        validation.integer("shift", given["shift"], low=0)
-        validation.run_options(
-            *(given.get(k) for k in ("backend", "workspace_mb", "strategy", "skip_ignored"))
-        )
-        validation.flag("return_stats", given["return_stats"], (True, False))
+        given = inspect.signature(type(self).__init__).parameters
+        self._shown = [name for name, value in options.items() if value is not given[name].default]
+        self._options = {}
+        for name, value in options.items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            elif isinstance(value, Tensor):
+                self.register_buffer(name, value)
+            else:
+                self._options[name] = value
+        terms = ("reality", "creativity", "label_smoothing", "z_loss", "logit_l2")
+        family = validation.loss_terms(1, *(options[name] for name in terms))
+        if isinstance(options["class_weight"], Tensor):
+            weight = options["class_weight"]
+            validation.class_weight(weight, weight.numel(), weight.device, family.reality)
+        validation.transform(options["logit_scale"], options["softcap"], torch.float32)
+        if not isinstance(options["balance"], Tensor):
+            validation.number("balance", options["balance"], low=0.0, high=1.0)
+        validation.normalizer(options["normalizer"])
+        validation.choice("reduction", options["reduction"], validation.REDUCTIONS)
+        validation.integer("ignore_index", options["ignore_index"])
+        validation.integer("shift", options["shift"], low=0)
+        run = ("workspace_mb", "strategy", "skip_ignored")
+        validation.run_options(options["backend"], *(options.get(name) for name in run))
+        validation.flag("return_stats", options["return_stats"], (True, False))
+
+    def _merged(self, **per_call: object) -> dict[str, Any]:
+        """The function's options: those of the module, and what a call gives in their place."""
+        tensors = {**self._parameters, **self._buffers}
+        return {**self._options, **tensors, **{k: v for k, v in per_call.items() if v is not None}}
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
-# What a call may give or replace: tensors of the batch at hand.
-_PER_CALL = ("balance", "row_weight", "normalizer")
+        held = self._merged()
+        return ", ".join(f"{name}={held[name]!r}" for name in self._shown)
 
 
 class LinearRealityCreativityLoss(_Loss):
-    """:func:`tightrope.linear_reality_creativity_loss` as a module without parameters.
+    """:func:`tightrope.linear_reality_creativity_loss` as a module.
 
     Args:
         options: the function's keyword options. ``balance``, ``row_weight`` and ``normalizer`` may also be
-            given, or replaced, at each call.
+            given, or replaced, at each call. A Parameter becomes the module's, another tensor its buffer.
 
     Raises:
         TypeError, ValueError: an option is unknown, or not as the function expects.
     """
 
-    def __init__(self, **options):
-        super().__init__(options, linear_reality_creativity_loss.__kwdefaults__)
+    def __init__(
+        self,
+        *,
+        balance: Number | Tensor = 0.0,
+        reality: Reality = "cross_entropy",
+        creativity: Creativity = "entropy",
+        ignore_index: Integer = -100,
+        label_smoothing: Number = 0.0,
+        class_weight: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        logit_scale: Number = 1.0,
+        softcap: Number | None = None,
+        z_loss: Number = 0.0,
+        logit_l2: Number = 0.0,
+        reduction: Reduction = "mean",
+        normalizer: Number | Tensor | None = None,
+        shift: Integer = 0,
+        skip_ignored: bool | None = None,
+        return_stats: bool = False,
+        workspace_mb: Number | None = None,
+        backend: BackendName | None = None,
+        strategy: Strategy | None = None,
+    ):
+        super().__init__({k: v for k, v in locals().items() if k not in ("self", "__class__")})
 
     def forward(
         self,
@@ -66,30 +105,53 @@ class LinearRealityCreativityLoss(_Loss):
         weight: Tensor,
         target: Tensor | TopKTarget,
         bias: Tensor | None = None,
-        **per_call,
+        *,
+        balance: Number | Tensor | None = None,
+        row_weight: Tensor | None = None,
+        normalizer: Number | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RowStats]:
-        """Shapes as in the function; ``per_call`` are balance, row_weight, normalizer."""
-        return linear_reality_creativity_loss(input, weight, target, bias, **_merged(self, per_call))
+        """Shapes as in the function; what is given here stands in the place of the module's own."""
+        options = self._merged(balance=balance, row_weight=row_weight, normalizer=normalizer)
+        return linear_reality_creativity_loss(input, weight, target, bias, **options)
 
 
 class RealityCreativityLoss(_Loss):
-    """:func:`tightrope.reality_creativity_loss` as a module without parameters.
+    """:func:`tightrope.reality_creativity_loss` as a module.
 
     Args and Raises: as :class:`LinearRealityCreativityLoss`, with that function's options.
     """
 
-    def __init__(self, **options):
-        super().__init__(options, reality_creativity_loss.__kwdefaults__)
+    def __init__(
+        self,
+        *,
+        balance: Number | Tensor = 0.0,
+        reality: Reality = "cross_entropy",
+        creativity: Creativity = "entropy",
+        ignore_index: Integer = -100,
+        label_smoothing: Number = 0.0,
+        class_weight: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        logit_scale: Number = 1.0,
+        softcap: Number | None = None,
+        z_loss: Number = 0.0,
+        logit_l2: Number = 0.0,
+        reduction: Reduction = "mean",
+        normalizer: Number | Tensor | None = None,
+        shift: Integer = 0,
+        return_stats: bool = False,
+        backend: BackendName | None = None,
+    ):
+        super().__init__({k: v for k, v in locals().items() if k not in ("self", "__class__")})
 
     def forward(
-        self, logits: Tensor, target: Tensor | TopKTarget, **per_call
+        self,
+        logits: Tensor,
+        target: Tensor | TopKTarget,
+        *,
+        balance: Number | Tensor | None = None,
+        row_weight: Tensor | None = None,
+        normalizer: Number | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RowStats]:
-        """Shapes as in the function; ``per_call`` are balance, row_weight, normalizer."""
-        return reality_creativity_loss(logits, target, **_merged(self, per_call))
-
-
-def _merged(module: _Loss, per_call: dict[str, object]) -> dict[str, object]:
-    for name in per_call:
-        if name not in _PER_CALL:
-            raise TypeError(f"forward: got option {name!r}, expected one of {', '.join(_PER_CALL)}")
-    return {**module.options, **per_call}
+        """Shapes as in the function; what is given here stands in the place of the module's own."""
+        options = self._merged(balance=balance, row_weight=row_weight, normalizer=normalizer)
+        return reality_creativity_loss(logits, target, **options)

@@ -6,13 +6,14 @@ a tile of it is taken, gathered and converted when its turn comes.
 
 from __future__ import annotations
 
-import os
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .ambient import may_read
 from .arguments import TargetArguments, group
 
 _PIECE = 2**22
@@ -20,11 +21,6 @@ _PIECE = 2**22
 
 # Stands for an ignored entry of a top-k target: it falls in no tile of the vocabulary.
 NO_CLASS = -(2**62)
-
-
-def may_read(values: Tensor) -> bool:
-    """Whether looking at values costs no wait for a device, or TIGHTROPE_DEBUG=1 asks for it."""
-    return values.device.type == "cpu" or os.environ.get("TIGHTROPE_DEBUG") == "1"
 
 
 class TopKTarget(NamedTuple):
@@ -44,9 +40,23 @@ class TopKTarget(NamedTuple):
 
 @group
 class Target(TargetArguments):
-    """The target of every row, of one kind at most. Row i of dense and topk_* belongs to row i - shift."""
+    """The target of every row, of one kind at most. Row i of dense and topk_* belongs to row i - shift.
+
+    With class_weight [V] the target is ``class_weight * ((1 - smoothing) b + smoothing / V)``.
+    """
 
     shift: int = 0
+    class_weight: Tensor | None = None
+    smoothing: float = 0.0
+
+    @property
+    def is_given(self) -> bool:
+        return any(t is not None for t in (self.index, self.dense, self.topk_index))
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether what a tile of the vocabulary is scored against is a mass for each entry."""
+        return self.dense is not None or self.class_weight is not None
 
     def check_range(self, valid: Tensor | None, vocab_size: int) -> None:
         """Raise IndexError for a class outside [0, V) in a row that counts.
@@ -58,8 +68,11 @@ class Target(TargetArguments):
             if indices is None or not may_read(indices):
                 continue
             wrong = (indices >= vocab_size) | ((indices < 0) & (indices != NO_CLASS))
-            if valid is not None and self.index is not None:
+            if valid is not None and indices is self.index:
                 wrong &= valid
+            elif valid is not None:
+                wrong[: self.shift] = False
+                wrong[self.shift :] &= valid[: max(len(valid) - self.shift, 0)].unsqueeze(-1)
             if wrong.any():
                 raise IndexError(
                     f"{name}: got class {indices[wrong][0].item()}, expected ignore_index or a class in "
@@ -75,7 +88,7 @@ class Target(TargetArguments):
 
     def chunk(self, start: int, stop: int, rows: Tensor | None, dtype: torch.dtype) -> TargetChunk:
         """The targets of rows ``rows[start:stop]``, or of ``start:stop`` where rows is None."""
-        index = topk_index = topk_prob = None
+        index = topk_index = topk_prob = dense = None
         source: slice | Tensor = slice(start, stop)
         if rows is not None:
             source = rows[start:stop] + self.shift
@@ -83,13 +96,54 @@ class Target(TargetArguments):
             wide = self.topk_index if self.dense is None else self.dense
             # Rows that shift past the end have no target; they are masked, so any row will do.
             source = torch.arange(start, stop, device=wide.device) + self.shift
-            source = source.clamp_(max=wide.shape[0] - 1)
+            source = source.clamp_(max=math.prod(wide.shape[:-1]) - 1)
         if self.index is not None:
             index = self.index[start:stop] if rows is None else self.index[rows[start:stop]]
         if self.topk_index is not None:
             topk_index = self.topk_index[source].contiguous()
             topk_prob = self.topk_prob[source].to(dtype).contiguous()
-        return TargetChunk(index, self.dense, topk_index, topk_prob, source, dtype)
+        if self.dense is not None:
+            dense = DenseRows(self.dense, source)
+        blend = None
+        if self.class_weight is not None:
+            blend = self.class_weight.to(dtype), self.smoothing
+            if index is not None:
+                topk_index, index = index.unsqueeze(-1), None
+                topk_prob = torch.ones_like(topk_index, dtype=dtype)
+        return TargetChunk(index, dense, topk_index, topk_prob, stop - start, dtype, blend)
+
+
+class DenseRows:
+    """Some rows of a distribution (..., V), which is copied only as far as it is looked at.
+
+    Leading dimensions that are not one run of memory (a slice of a longer sequence) are indexed as they are:
+    to flatten them would copy all of it.
+    """
+
+    def __init__(self, dense: Tensor, source: slice | Tensor):
+        flat = _flat_view(dense)
+        if flat is not None:
+            self.dense, self.at = flat, (source,)
+        else:
+            if isinstance(source, slice):
+                source = torch.arange(source.start, source.stop, device=dense.device)
+            self.dense, self.at = dense, torch.unravel_index(source, dense.shape[:-1])
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        """Entries ``start:stop`` of the vocabulary, [rows, stop - start]; a view where it can be one."""
+        return self.dense[..., start:stop][self.at]
+
+
+def _flat_view(dense: Tensor) -> Tensor | None:
+    """(..., V) as [N, V] without a copy, or None."""
+    run = None  # elements that the dimensions so far span
+    for size, stride in zip(reversed(dense.shape[:-1]), reversed(dense.stride()[:-1])):
+        if size == 1:
+            continue
+        if run is not None and stride != run:
+            return None
+        run = size * stride
+    return dense.reshape(math.prod(dense.shape[:-1]), dense.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -97,20 +151,39 @@ class TargetChunk:
     """The targets of a chunk of rows."""
 
     index: Tensor | None
-    dense: Tensor | None
+    dense: DenseRows | None
     topk_index: Tensor | None
     topk_prob: Tensor | None
-    source: slice | Tensor
+    size: int
     dtype: torch.dtype
+    blend: tuple[Tensor, float] | None  # class_weight [V], smoothing
 
     def tile(self, start: int, stop: int) -> TargetArguments:
         """The part that concerns entries ``start:stop`` of the vocabulary; indices stay global."""
         dense = None
         if self.dense is not None:
-            dense = self.dense[:, start:stop][self.source].to(self.dtype)
+            dense = self.dense.tile(start, stop).to(self.dtype)
             if dense.stride(-1) != 1 and dense.shape[-1] > 1:
                 dense = dense.contiguous()
+        if self.blend is not None:
+            return TargetArguments(dense=self._blended(dense, start, stop))
         return TargetArguments(self.index, dense, self.topk_index, self.topk_prob)
+
+    def _blended(self, dense: Tensor | None, start: int, stop: int) -> Tensor:
+        """``class_weight * ((1 - smoothing) b + smoothing / V)`` of a tile."""
+        class_weight, smoothing = self.blend
+        vocab_size = class_weight.shape[0]
+        if dense is not None:
+            mass = (1.0 - smoothing) * dense
+        else:
+            mass = class_weight.new_zeros(self.size, stop - start)
+            inside = (self.topk_index >= start) & (self.topk_index < stop)
+            columns = (self.topk_index - start).masked_fill(~inside, 0)
+            mass.scatter_add_(-1, columns, (1.0 - smoothing) * self.topk_prob.masked_fill(~inside, 0.0))
+            # A class out of range, which only a GPU lets pass.
+            lost = (self.topk_index >= vocab_size) | ((self.topk_index < 0) & (self.topk_index != NO_CLASS))
+            mass.masked_fill_(lost.any(-1, keepdim=True), torch.nan)
+        return mass.add_(smoothing / vocab_size).mul_(class_weight[start:stop])
 
 
 def smoothed_square(
@@ -122,7 +195,9 @@ def smoothed_square(
         mass, square = probs.sum(-1), _combine_duplicates(target.indices, probs).square().sum(-1)
     elif target.is_floating_point():
         # In pieces, so that no second N x V tensor is made.
-        rows = target.reshape(-1, vocab_size).split(max(1, _PIECE // vocab_size))
+        count, size = math.prod(target.shape[:-1]), max(1, _PIECE // vocab_size)
+        spans = [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
+        rows = [DenseRows(target, span).tile(0, vocab_size) for span in spans]
         mass = torch.cat([part.sum(-1, dtype=dtype) for part in rows]).view(target.shape[:-1])
         square = torch.cat([part.to(dtype).square().sum(-1) for part in rows]).view(target.shape[:-1])
     else:

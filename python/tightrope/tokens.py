@@ -7,6 +7,9 @@ token dimension have no target and count as ignored.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -26,12 +29,13 @@ def flatten_target(
     index = dense = topk_index = topk_prob = valid = None
     if isinstance(target, TopKTarget):
         width = target.indices.shape[-1]
-        kept = target.indices != ignore_index
-        topk_index = target.indices.long().masked_fill(~kept, NO_CLASS).reshape(-1, width)
+        indices = target.indices.long()  # before the comparison: ignore_index may not fit a narrow dtype
+        kept = indices != ignore_index
+        topk_index = indices.masked_fill(~kept, NO_CLASS).reshape(-1, width)
         topk_prob = target.probs.masked_fill(~kept, 0.0).reshape(-1, width)
         valid = _shifted(kept.any(-1), shift, False)
     elif target is not None and target.is_floating_point():
-        dense = target.reshape(-1, target.shape[-1])
+        dense = target
     elif target is not None:
         index = _shifted(target.long(), shift, ignore_index)
         valid = index != ignore_index
@@ -47,6 +51,44 @@ def flatten_target(
     )
 
 
+def without_weightless(target: TokenTarget, row_weight: Tensor, tokens: torch.Size) -> TokenTarget:
+    """The same target, with tokens of weight 0 ignored. A weight that is learned is not looked at."""
+    if row_weight.requires_grad:
+        return target
+    weighs = (row_weight != 0).expand(tokens).reshape(-1)
+    return replace(target, valid=weighs.contiguous() if target.valid is None else target.valid & weighs)
+
+
+def with_class_weight(
+    target: TokenTarget, class_weight: Tensor, label_smoothing: float
+) -> tuple[TokenTarget, Tensor | None]:
+    """(target whose masses are those of the weighted classes, weight of each row's class [N]).
+
+    The second is None where no row has a class of its own. Sparse targets stay sparse without label
+    smoothing; else the driver makes a tile of a dense target when its turn comes (`TargetChunk`).
+    """
+    rows_weight = None
+    if target.index is not None:
+        rows_weight = _of_classes(class_weight, target.index)
+        if not label_smoothing:
+            inside = target.index.clamp(0, class_weight.shape[0] - 1)
+            sparse = {"topk_index": inside.unsqueeze(-1), "topk_prob": rows_weight.unsqueeze(-1)}
+            # An index is shifted already.
+            return replace(target, index=None, **sparse, shift=0), rows_weight
+    elif target.topk_index is not None and not label_smoothing:
+        carries = target.topk_index != NO_CLASS
+        weight = _of_classes(class_weight, target.topk_index).masked_fill(~carries, 0.0)
+        dtype = torch.promote_types(weight.dtype, target.topk_prob.dtype)
+        return replace(target, topk_prob=target.topk_prob.to(dtype) * weight), None
+    return replace(target, class_weight=class_weight, smoothing=label_smoothing), rows_weight
+
+
+def _of_classes(class_weight: Tensor, index: Tensor) -> Tensor:
+    """The weight of each class; NaN where that is out of range, which nothing looks at on a GPU."""
+    inside = (index >= 0) & (index < class_weight.shape[0])
+    return torch.where(inside, class_weight[index.clamp(0, class_weight.shape[0] - 1)], torch.nan)
+
+
 def target_square(
     target: Tensor | TopKTarget,
     vocab_size: int,
@@ -57,7 +99,8 @@ def target_square(
 ) -> Tensor:
     """|b|^2 of each row's smoothed target, [N]."""
     if isinstance(target, TopKTarget):
-        target = target._replace(probs=target.probs.masked_fill(target.indices == ignore_index, 0.0))
+        indices = target.indices.long()
+        target = TopKTarget(indices, target.probs.masked_fill(indices == ignore_index, 0.0))
     return _shifted(smoothed_square(target, vocab_size, label_smoothing, dtype), shift, 0.0).reshape(-1)
 
 
@@ -87,40 +130,40 @@ def flatten_rows(
 def flatten_arg(arg: Tensor, tokens: torch.Size, valid: Tensor | None) -> Tensor:
     """A user's per-row tensor, of shape (..., *rest) or broadcastable to the tokens, as [N, *rest]."""
     rest = arg.shape[len(tokens) :] if arg.shape[: len(tokens)] == tokens else ()
-    flat = arg.expand((*tokens, *rest)).reshape(tokens.numel(), *rest)
+    flat = arg.expand((*tokens, *rest)).reshape(math.prod(tokens), *rest)
     if valid is None:
         return flat
-    return torch.where(valid.view(-1, *(1,) * len(rest)), flat, 0)
+    # A bool stays one: masked_fill does not promote.
+    return flat.masked_fill(~valid.view(-1, *(1,) * len(rest)), 0)
 
 
 def row_scale(
-    valid: Tensor | None,
-    row_weight: Tensor | None,
-    reduction: str,
-    normalizer,
-    tokens,
-    like: Tensor,
-    dtype,
+    weight: Tensor, reduction: str, normalizer: float | Tensor | None, total: Tensor | None
 ) -> Tensor:
-    """What each row's loss is multiplied by before the sum, [N]; differentiable in row_weight."""
-    scale = flatten_rows(1.0 if row_weight is None else row_weight, tokens, valid, like, dtype)
+    """What each row's loss is multiplied by before the sum, [N]; differentiable in row_weight.
+
+    weight [N]: of each row, 0 where it does not count. total (0-dimensional): what "mean" divides by where no
+    normalizer is given. Nothing to divide by makes the mean 0, and not NaN; a normalizer that is negative or
+    not finite makes it NaN where its value was not looked at.
+    """
     if reduction != "mean":
-        return scale
+        return weight
     if normalizer is None:
-        total = scale.sum()
-    elif isinstance(normalizer, Tensor):
-        total = normalizer.to(device=like.device, dtype=dtype)
-    else:
-        total = torch.full((), normalizer, dtype=dtype, device=like.device)
-    # No row counts, or all weigh nothing: the mean is 0, and not NaN.
-    return scale / torch.where(total == 0, 1.0, total)
+        return weight / torch.where(total == 0, 1.0, total)
+    if not isinstance(normalizer, Tensor):
+        normalizer = torch.full((), normalizer, dtype=weight.dtype, device=weight.device)
+    divisor = normalizer.reshape(()).to(device=weight.device, dtype=weight.dtype)
+    usable = torch.where((divisor > 0) & divisor.isfinite(), divisor, torch.nan)
+    # 1 and not NaN in the branch that is not taken, whose gradient must not be NaN.
+    return torch.where(divisor == 0, 0.0, weight / torch.where(divisor == 0, 1.0, usable))
 
 
 def unflatten(stats: RowStats, tokens: torch.Size, has_target: bool) -> RowStats:
     """Statistics of rows [N] in the tokens' shape; None for those of a target that was not given."""
-    return RowStats(
-        **{
-            name: None if name.startswith("target_") and not has_target else value.view(tokens)
-            for name, value in zip(RowStats._fields, stats)
-        }
-    )
+    shaped = RowStats(*(value.view(tokens) for value in stats))
+    return shaped if has_target else without_target(shaped)
+
+
+def without_target(stats: RowStats) -> RowStats:
+    """The same statistics, None for those of a target that was not given."""
+    return stats._replace(**{name: None for name in RowStats._fields if name.startswith("target_")})

@@ -1,25 +1,45 @@
 """Checks of what a caller passes. Each error names the argument, what came and what was expected.
 
 Nothing here reads the values of a tensor on a device that would have to be waited for, and nothing at all
-while torch.compile traces; `targets.may_read` and the operators say where the values are looked at.
+while torch.compile traces; `ambient.may_read` and the operators say where the values are looked at.
+
+A number is a Python or numpy number, or a tensor of one element, as Trainer and data loaders make them; it is
+given back as a Python number.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .ambient import may_read
+from .arguments import Transform
 from .backends import BACKENDS
-from .losses import CREATIVITY, REALITY
-from .targets import TopKTarget, may_read
+from .losses import CREATIVITY, REALITY, RealityCreativity
+from .targets import TopKTarget
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGER = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
 REDUCTIONS = ("none", "mean", "sum")
 STRATEGIES = ("chunked", "streaming")
+# The default of ignore_index.
+NOTHING_IGNORED = -100
+# 4 EiB: what a count of bytes in 64 bits can still hold.
+MOST_WORKSPACE_MB = 2**42
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
@@ -44,27 +64,56 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
 
 
+def _one_element(name: str, value: object, expected: str) -> object:
+    """The element of a tensor of one; what is no tensor as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1:
+        raise TypeError(f"{name}: got a tensor of shape {list(value.shape)}, expected {expected}")
+    if value.requires_grad:
+        raise ValueError(
+            f"{name}: got a tensor that requires grad, expected {expected}: this option has no gradient"
+        )
+    return value.item()
+
+
 def number(
-    name: str, value: object, *, low: float = -math.inf, high: float = math.inf, above: bool = False
-) -> None:
-    """A finite real number in [low, high], or in (low, high] with ``above``."""
+    name: str,
+    value: object,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> float:
+    """A finite real number in [low, high], or in (low, high] with ``above``, that ``dtype`` can hold."""
+    most = torch.finfo(dtype).max
     expected = "a finite number"
     if low > -math.inf:
         expected += f" {'above' if above else 'of at least'} {low:g}"
     if high < math.inf:
         expected += f" and at most {high:g}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    value = _one_element(name, value, expected)
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
-    if not (low <= value <= high) or (above and value == low) or value in (math.inf, -math.inf):
+    if not isinstance(value, (int, float)):
+        value = float(value)  # of numpy: a comparison in its own dtype could overflow
+    if not (low <= value <= high) or (above and value == low) or abs(value) == math.inf:
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
+    if abs(value) > most:
+        largest = f"at most {most:.5g}, the largest of {_names([dtype])}"
+        raise ValueError(f"{name}: got {value!r}, expected {largest}")
+    return float(value)
 
 
-def integer(name: str, value: object, *, low: int | None = None) -> None:
+def integer(name: str, value: object, *, low: int | None = None) -> int:
     expected = "an integer" + ("" if low is None else f" of at least {low}")
-    if isinstance(value, bool) or not isinstance(value, int):
+    value = _one_element(name, value, expected)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
     if low is not None and value < low:
         raise ValueError(f"{name}: got {value}, expected {expected}")
+    return operator.index(value)
 
 
 def flag(name: str, value: object, allowed: Sequence[bool | None]) -> None:
@@ -158,6 +207,18 @@ def per_token(name: str, value: object, tokens: torch.Size, device: torch.device
         )
 
 
+def class_weight(value: object, vocab_size: int, device: torch.device, reality: str) -> None:
+    """Weights (V) of the classes."""
+    tensor("class_weight", value)
+    same_device("input", device, class_weight=value)
+    if value.shape != (vocab_size,):
+        raise ValueError(f"class_weight: got shape {list(value.shape)}, expected {[vocab_size]}, one a class")
+    if value.requires_grad:
+        raise ValueError("class_weight: got a tensor that requires grad, expected one that does not")
+    if reality != "cross_entropy":
+        raise ValueError(f'class_weight: got reality={reality!r}, expected "cross_entropy"')
+
+
 def loss_function(loss_fn: object, row_args: object, tokens: torch.Size, device: torch.device) -> None:
     if not callable(loss_fn):
         raise TypeError(
@@ -173,57 +234,108 @@ def loss_function(loss_fn: object, row_args: object, tokens: torch.Size, device:
             per_token(name, arg, tokens, device)
 
 
-def balance(value: object, tokens: torch.Size, device: torch.device) -> None:
+def balance(value: object, tokens: torch.Size, device: torch.device) -> float | Tensor:
     if not isinstance(value, Tensor):
-        number("balance", value, low=0.0, high=1.0)
-        return
+        return number("balance", value, low=0.0, high=1.0)
+    if value.numel() == 1:
+        value = value.reshape(())
     per_token("balance", value, tokens, device)
-    if not torch.compiler.is_compiling() and may_read(value) and value.numel():
+    if may_read(value) and value.numel():
         low, high = value.detach().aminmax()
         if not (low >= 0 and high <= 1):
             raise ValueError(f"balance: got values from {low.item()} to {high.item()}, expected [0, 1]")
+    return value
 
 
-def normalizer(value: object) -> None:
+def normalizer(value: object) -> float | Tensor | None:
+    if value is None:
+        return None
     if not isinstance(value, Tensor):
-        number("normalizer", value, low=0.0, above=True)
-        return
+        return number("normalizer", value, low=0.0)
     tensor("normalizer", value, (*FLOATING, *INTEGER))
-    if value.dim() != 0:
+    if value.numel() != 1:
         raise ValueError(
-            f"normalizer: got shape {list(value.shape)}, expected a number or a 0-dimensional tensor"
+            f"normalizer: got shape {list(value.shape)}, expected a number or a tensor of one element "
+            "(0-dimensional)"
         )
     if value.requires_grad:
         raise ValueError("normalizer: got a tensor that requires grad, expected one that does not")
+    if may_read(value):
+        number("normalizer", value.item(), low=0.0)
+    return value
 
 
-def shift(value: object, tokens: torch.Size) -> None:
-    integer("shift", value, low=0)
+def weights_of_one_sign(weight: Tensor) -> None:
+    """Weights of both signs have a sum near 0, which is nothing to divide by."""
+    if not may_read(weight) or not weight.numel():
+        return
+    low, high = weight.detach().aminmax()
+    if low < 0 < high:
+        raise ValueError(
+            f"row_weight: got weights from {low.item():g} to {high.item():g}, expected weights of one sign "
+            'with reduction="mean", which divides by their sum; or give normalizer=, such as their number'
+        )
+
+
+def shift(value: object, tokens: torch.Size) -> int:
+    value = integer("shift", value, low=0)
     if value and not tokens:
         raise ValueError(f"shift: got {value} for a single token, expected 0, or tokens of shape (..., T)")
+    return value
 
 
-def transform(logit_scale: object, softcap: object) -> None:
-    number("logit_scale", logit_scale)
-    if softcap is not None:
-        number("softcap", softcap, low=0.0, above=True)
+def ignore_index(value: object, target: object) -> int:
+    value = integer("ignore_index", value)
+    if value != NOTHING_IGNORED and isinstance(target, Tensor) and target.is_floating_point():
+        raise ValueError(
+            f"ignore_index: got {value} with a distribution as target, expected class indices or a "
+            "TopKTarget; to ignore tokens of a distribution give them a row_weight of 0"
+        )
+    return value
+
+
+def transform(logit_scale: object, softcap: object, dtype: torch.dtype = torch.float64) -> Transform:
+    """``logit_scale`` and ``softcap`` for an arithmetic of ``dtype``."""
+    scale = number("logit_scale", logit_scale, dtype=dtype)
+    if softcap is None:
+        return Transform(scale, None)
+    cap = number("softcap", softcap, low=0.0, above=True, dtype=dtype)
+    if cap < torch.finfo(dtype).tiny:
+        raise ValueError(f"softcap: got {cap!r}, expected at least {torch.finfo(dtype).tiny:.5g}")
+    return Transform(scale, cap)
 
 
 def loss_terms(
-    reality: object, creativity: object, label_smoothing: object, z_loss: object, logit_l2: object
-) -> None:
+    vocab_size: int,
+    reality: object,
+    creativity: object,
+    label_smoothing: object,
+    z_loss: object,
+    logit_l2: object,
+    dtype: torch.dtype = torch.float64,
+) -> RealityCreativity:
+    """The built-in loss that these name."""
     choice("reality", reality, REALITY)
     choice("creativity", creativity, CREATIVITY)
-    number("label_smoothing", label_smoothing, low=0.0, high=1.0)
-    number("z_loss", z_loss, low=0.0)
-    number("logit_l2", logit_l2, low=0.0)
+    return RealityCreativity(
+        vocab_size,
+        reality,
+        creativity,
+        number("label_smoothing", label_smoothing, low=0.0, high=1.0),
+        number("z_loss", z_loss, low=0.0, dtype=dtype),
+        number("logit_l2", logit_l2, low=0.0, dtype=dtype),
+    )
 
 
-def run_options(backend: object, workspace_mb: object, strategy: object, skip_ignored: object) -> None:
+def run_options(
+    backend: object, workspace_mb: object = None, strategy: object = None, skip_ignored: object = None
+) -> float | None:
+    """Checks them; gives workspace_mb as a number."""
     if backend is not None:
         choice("backend", backend, tuple(BACKENDS))
-    if workspace_mb is not None:
-        number("workspace_mb", workspace_mb, low=0.0, above=True)
     if strategy is not None:
         choice("strategy", strategy, STRATEGIES)
     flag("skip_ignored", skip_ignored, (None, True, False))
+    if workspace_mb is None:
+        return None
+    return number("workspace_mb", workspace_mb, low=0.0, high=MOST_WORKSPACE_MB, above=True)

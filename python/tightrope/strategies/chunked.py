@@ -41,148 +41,192 @@ class Needs(Arguments):
     bias_grad: bool
 
 
-@dataclass
-class ChunkedResult:
-    row_loss: Tensor  # [N], 0 for ignored rows
-    summary: Tensor  # [SUMMARY, N]
-    argmax: Tensor  # [N]
-    input: Tensor | None  # [N, D]; gradients are in the dtype of the arithmetic
-    weight: Tensor | None  # [V, D]
-    bias: Tensor | None  # [V]
-    args: tuple[Tensor | None, ...]  # [N, ...] each
+@group
+class Gradients(Arguments):
+    """The gradients of input [N, D], weight [V, D] and bias [V], or None; in the dtype of the arithmetic."""
+
+    to_input: Tensor | None
+    to_weight: Tensor | None
+    to_bias: Tensor | None
+
+    @classmethod
+    def unwritten(cls, problem: LinearProblem, needs: Needs, chunks: int) -> Gradients:
+        """Memory for those that are wanted: zeros where no chunk writes first."""
+        like = {"dtype": problem.dtype, "device": problem.device}
+        # Rows that are gathered out keep the zeros.
+        make = torch.empty if problem.rows.kept is None else torch.zeros
+        to_input = make(problem.input.shape, **like) if needs.input_grad else None
+        make = torch.empty if chunks else torch.zeros
+        to_weight = make(problem.weight.shape, **like) if needs.weight_grad else None
+        return cls(to_input, to_weight, torch.zeros(problem.vocab_size, **like) if needs.bias_grad else None)
+
+
+class Record:
+    """What the loop finds out about every row."""
+
+    def __init__(self, problem: LinearProblem):
+        total = problem.rows.total
+        self.row_loss = torch.zeros(total, dtype=problem.dtype, device=problem.device)  # 0 for ignored rows
+        self.summary, self.argmax = problem.empty_summary()  # [SUMMARY, N] and [N]
+        self.args: tuple[Tensor | None, ...] = ()  # gradients of the loss's per-row arguments, [N, ...] each
+
+    def add(self, chunk: Chunk, summary: Tensor, argmax: Tensor, upstream: Upstream) -> StatGrads:
+        """Put in a chunk's statistics, its loss and the gradients of the loss's arguments.
+
+        Gives the upstream gradients of the statistics.
+        """
+        row_loss, grads, args = upstream(row_stats(summary, argmax), chunk)
+        if chunk.active is not None:
+            row_loss = row_loss.masked_fill(~chunk.active, 0.0)
+        self.row_loss[chunk.where] = row_loss
+        self.summary[:, chunk.where] = summary
+        self.argmax[chunk.where] = argmax
+        if not self.args:
+            self.args = tuple(
+                None if a is None else a.new_zeros(self.row_loss.shape + a.shape[1:]) for a in args
+            )
+        for whole, part in zip(self.args, args):
+            if part is not None:
+                if chunk.active is not None:
+                    part = part.masked_fill(~chunk.active.view(-1, *(1,) * (part.dim() - 1)), 0.0)
+                whole[chunk.where] = part
+        return grads
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the rows go by."""
+
+    chunks: list[tuple[int, int]]
+    stride: int  # elements between two rows of logits
+    fused: bool  # a chunk goes by one launch
+
+    @property
+    def elements(self) -> int:
+        """Elements of the memory for a chunk's logits."""
+        return max((stop - start for start, stop in self.chunks), default=0) * self.stride
+
+    @classmethod
+    def of(cls, problem: LinearProblem, workspace: int, fusible: bool) -> Plan:
+        """workspace: bytes for a chunk's logits. fusible: the loss can go by one launch."""
+        count, vocab_size, dtype = problem.rows.count, problem.vocab_size, problem.dtype
+        sizes = plan.sizes(problem.device)
+
+        def chunks(row: int) -> list[tuple[int, int]]:
+            size = plan.chunk_rows(count, row, dtype.itemsize, workspace)
+            return plan.spans(count, min(size, sizes.max_chunk_rows), plan.ROW_MULTIPLE)
+
+        if fusible:
+            stride = -(-vocab_size // plan.ROW_STRIDE) * plan.ROW_STRIDE
+            whole = chunks(stride)
+            if whole and problem.fuses(whole[0][1]):
+                return cls(whole, stride, True)
+        # Beside the logits, a tile of their gradients where that is narrower.
+        narrow = (
+            0 if problem.operand == dtype else min(vocab_size, plan.tile_width(count, problem.device)) // 2
+        )
+        return cls(chunks(vocab_size + narrow), vocab_size, False)
 
 
 def loss_and_gradients(
-    problem: LinearProblem, upstream: Upstream, needs: Needs, workspace: int, ahead: Ahead | None = None
-) -> ChunkedResult:
+    problem: LinearProblem, upstream: Upstream, needs: Needs, workspace: int, ahead: Ahead
+) -> tuple[Record, Gradients]:
     """The loss of every row and the gradients of their weighted sum, in one sweep over the rows.
 
     workspace: bytes for a chunk's logits. ahead: the gradients that upstream gives, for a fused kernel.
     """
     problem.check_topk()
-    dtype, device = problem.dtype, problem.input.device
-    rows, vocab_size = problem.rows, problem.vocab_size
-    summary, argmax = problem.empty_summary()
-    result = ChunkedResult(
-        torch.zeros(rows.total, dtype=dtype, device=device), summary, argmax, None, None, None, ()
-    )
-    if needs.input_grad:
-        # Rows that are gathered out keep the zeros.
-        make = torch.empty if rows.kept is None else torch.zeros
-        result.input = make(problem.input.shape, dtype=dtype, device=device)
-    if needs.weight_grad:
-        result.weight = torch.empty(problem.weight.shape, dtype=dtype, device=device)
-    if needs.bias_grad:
-        result.bias = torch.zeros(vocab_size, dtype=dtype, device=device)
-
-    chunks, stride, fused = _plan(problem, workspace, ahead is not None)
-    size = max((stop - start for start, stop in chunks), default=0)
-    with borrow(size * stride, dtype, device) as flat:
-        for start, stop in chunks:
-            chunk = rows.chunk(start, stop, problem.target, dtype)
+    how = Plan.of(problem, workspace, fusible=True)
+    record, gradients = Record(problem), Gradients.unwritten(problem, needs, len(how.chunks))
+    with borrow(how.elements, problem.dtype, problem.device) as memory:
+        for start, stop in how.chunks:
+            chunk = problem.rows.chunk(start, stop, problem.target, problem.dtype)
             hidden = problem.hidden(chunk)
-            if fused:
-                logits = flat[: chunk.size * stride].view(chunk.size, stride)[:, :vocab_size]
-                grads, undo = _fused(problem, upstream, ahead(chunk), chunk, logits, hidden, result), None
-            else:
-                logits, norm, coef = _forward(problem, upstream, chunk, flat, hidden, result)
-                coef, undo = headroom(coef, problem.operand)
-                tiles = zip(problem.tiles(chunk.size), logits)
-                grads = (problem.row_grad(raw, norm, coef, chunk, tile) for tile, raw in tiles)
-            _backward(problem, chunk, grads, undo, hidden, result)
-    if needs.weight_grad and not chunks:
-        result.weight.zero_()
-    return result
+            if how.fused:
+                logits = memory[: chunk.size * how.stride].view(chunk.size, how.stride)
+                logits = logits[:, : problem.vocab_size]
+                summary, argmax, grads = _fused(problem, chunk, hidden, logits, ahead(chunk))
+                record.add(chunk, summary, argmax, upstream)
+                _multiply(problem, chunk, hidden, grads, None, gradients)
+                continue
+            summary, argmax = chunk_statistics(problem, chunk, hidden, memory)
+            stat_grads = record.add(chunk, summary, argmax, upstream)
+            coef = row_coefficients(summary, stat_grads, problem.vocab_size)
+            chunk_gradients(problem, chunk, hidden, memory, summary, coef, gradients)
+    return record, gradients
 
 
-def _plan(problem: LinearProblem, workspace: int, fusible: bool) -> tuple[list[tuple[int, int]], int, bool]:
-    """(chunks of the rows, elements between two rows of logits, whether a chunk goes by one launch)."""
-    count, vocab_size, dtype = problem.rows.count, problem.vocab_size, problem.dtype
-    sizes = plan.sizes(problem.device)
-
-    def chunks(row: int) -> list[tuple[int, int]]:
-        size = plan.chunk_rows(count, row, dtype.itemsize, workspace)
-        return plan.spans(count, min(size, sizes.max_chunk_rows), plan.ROW_MULTIPLE)
-
-    if fusible:
-        stride = -(-vocab_size // plan.ROW_STRIDE) * plan.ROW_STRIDE
-        whole = chunks(stride)
-        if whole and problem.fuses(whole[0][1]):
-            return whole, stride, True
-    # Beside the logits, a tile of their gradients where that is narrower.
-    narrow = 0 if problem.operand == dtype else min(vocab_size, plan.tile_width(count, problem.device)) // 2
-    return chunks(vocab_size + narrow), vocab_size, False
-
-
-def _fused(problem, upstream, ahead, chunk, logits, hidden, result) -> Iterable[Tensor]:
-    """Fill logits [n, V], record statistics and loss; gives the gradients of each tile."""
-    for tile in problem.tiles(chunk.size):
+def _fused(
+    problem: LinearProblem, chunk: Chunk, hidden: Tensor, logits: Tensor, ahead: Tensor
+) -> tuple[Tensor, Tensor, Iterable[Tensor]]:
+    """Summary and argmax of a chunk and the gradients of each tile, by way of logits [n, V]."""
+    tiles = problem.tiles(chunk.size)
+    for tile in tiles:
         multiply(hidden, problem.head(*tile).t(), logits[:, tile[0] : tile[1]])
     partial, argmax = problem.new_partial(chunk.size)
     gradient = problem.row_loss_grad(logits, partial, argmax, ahead, chunk)
-    _record(problem, upstream, chunk, partial, argmax, result)
-    return (gradient[:, start:stop] for start, stop in problem.tiles(chunk.size))
+    return problem.summarise(partial, chunk), argmax, (gradient[:, start:stop] for start, stop in tiles)
 
 
-def _forward(problem, upstream, chunk, flat, hidden, result) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Fill the workspace with the chunk's logits; record statistics and loss.
-
-    Gives the logits of each tile, and of each row the maximum and log-sum [2, n] and the coefficients [7, n].
-    """
-    logits = []
+def chunk_statistics(
+    problem: LinearProblem, chunk: Chunk, hidden: Tensor, memory: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fill the memory with a chunk's logits, tile by tile; gives summary [SUMMARY, n] and argmax [n]."""
     partial, argmax = problem.new_partial(chunk.size)
     for tile in problem.tiles(chunk.size):
-        raw = problem.raw_logits(hidden, problem.head(*tile), flat[chunk.size * tile[0] :])
+        raw = problem.raw_logits(hidden, problem.head(*tile), memory[chunk.size * tile[0] :])
         problem.row_stats(raw, partial, argmax, chunk, tile)
-        logits.append(raw)
-    summary, grads = _record(problem, upstream, chunk, partial, argmax, result)
-    return logits, summary[:2].contiguous(), row_coefficients(summary, grads, problem.vocab_size)
+    return problem.summarise(partial, chunk), argmax
 
 
-def _record(problem, upstream, chunk, partial, argmax, result) -> tuple[Tensor, StatGrads]:
-    """Put the chunk's statistics, loss and gradients of the loss's arguments among those of all rows.
+def chunk_gradients(
+    problem: LinearProblem,
+    chunk: Chunk,
+    hidden: Tensor,
+    memory: Tensor,
+    summary: Tensor,
+    coef: Tensor,
+    gradients: Gradients,
+) -> None:
+    """Add what a chunk contributes to the gradients; memory holds its logits, and is overwritten."""
+    norm = summary[:2].contiguous()
+    coef, undo = headroom(coef, problem.operand)
 
-    Gives the summary and the upstream gradients of the statistics.
-    """
-    summary = problem.summarise(partial, chunk)
-    row_loss, grads, args = upstream(row_stats(summary, argmax), chunk)
-    if chunk.active is not None:
-        row_loss = row_loss.masked_fill(~chunk.active, 0.0)
-    result.row_loss[chunk.where] = row_loss
-    result.summary[:, chunk.where] = summary
-    result.argmax[chunk.where] = argmax
-    if not result.args:
-        result.args = tuple(
-            None if a is None else a.new_zeros(result.row_loss.shape + a.shape[1:]) for a in args
-        )
-    for whole, part in zip(result.args, args):
-        if part is not None:
-            if chunk.active is not None:
-                part = part.masked_fill(~chunk.active.view(-1, *(1,) * (part.dim() - 1)), 0.0)
-            whole[chunk.where] = part
-    return summary, grads
+    def gradient(tile: tuple[int, int]) -> Tensor:
+        raw = problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0])
+        return problem.row_grad(raw, norm, coef, chunk, tile)
+
+    grads = map(gradient, problem.tiles(chunk.size))
+    _multiply(problem, chunk, hidden, grads, undo, gradients)
 
 
-def _backward(problem, chunk, grads, undo, hidden, result) -> None:
+def _multiply(
+    problem: LinearProblem,
+    chunk: Chunk,
+    hidden: Tensor,
+    grads: Iterable[Tensor],
+    undo: Tensor | None,
+    gradients: Gradients,
+) -> None:
     """Add what the gradients of the chunk's logits, tile by tile, contribute to the gradients wanted.
 
     undo: what undoes the scale of grads, if they have one.
     """
+    to_input, to_weight, to_bias = gradients.flat()
     in_place = isinstance(chunk.where, slice)
     first = chunk.start == 0
-    if result.input is not None:
-        hidden_grad = result.input[chunk.where] if in_place else torch.empty_like(hidden, dtype=problem.dtype)
+    if to_input is not None:
+        hidden_grad = to_input[chunk.where] if in_place else torch.empty_like(hidden, dtype=problem.dtype)
     for tile, grad in zip(problem.tiles(chunk.size), grads):
-        if result.input is not None:
+        if to_input is not None:
             multiply(grad, problem.head(*tile), hidden_grad, accumulate=tile[0] > 0)
-        if result.weight is not None:
-            part = result.weight[tile[0] : tile[1]]
-            multiply(grad.t(), hidden, part, accumulate=not first, scale=undo)
-        if result.bias is not None:
+        if to_weight is not None:
+            multiply(grad.t(), hidden, to_weight[tile[0] : tile[1]], accumulate=not first, scale=undo)
+        if to_bias is not None:
             bias_grad = grad.sum(0, dtype=problem.dtype)
-            result.bias[tile[0] : tile[1]] += bias_grad if undo is None else bias_grad * undo
-    if result.input is not None:
+            to_bias[tile[0] : tile[1]] += bias_grad if undo is None else bias_grad * undo
+    if to_input is not None:
         if undo is not None:
             hidden_grad *= undo
         if not in_place:
-            result.input[chunk.where] = hidden_grad
+            to_input[chunk.where] = hidden_grad

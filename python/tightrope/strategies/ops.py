@@ -7,19 +7,20 @@ None: a gradient that was not asked for is a tensor of no elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..arguments import LinearArguments, LogitsArguments, Signature, Transform
+from ..arguments import Arguments, LinearArguments, LogitsArguments, Signature, Transform, group
 from ..backends.ops import define
 from ..losses import RealityCreativity
 from ..statistics import SUMMARY
 from ..targets import Target
 from . import chunked, dense, streaming
-from .chunked import Needs, Upstream
+from .chunked import Gradients, Needs, Upstream
 from .problem import LinearProblem, LogitsProblem, Rows, arithmetic_dtype
 
 # input [N, D], weight [V, D], bias [V]; logits [N, V].
@@ -27,18 +28,37 @@ _HEAD = ("Tensor input", "Tensor weight", "Tensor? bias", LinearArguments)
 _LOGITS = ("Tensor logits", LogitsArguments)
 
 
-def no_autocast(device: torch.device):
-    """Under autocast the GEMMs would round the logits to half precision."""
-    return torch.autocast(device.type, enabled=False)
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """GEMMs as they are asked for: autocast would round the logits to half precision.
+
+    So would, on CPUs with bfloat16 instructions, ``torch.set_float32_matmul_precision("medium")``, by which
+    training scripts ask for fast products on a GPU.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    precision = matmul.fp32_precision if device.type == "cpu" else "ieee"
+    lowered = precision not in ("ieee", "none")
+    with torch.autocast(device.type, enabled=False):
+        if lowered:
+            matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            if lowered:
+                matmul.fp32_precision = precision
 
 
 def linear_problem(
-    input: Tensor, weight: Tensor, bias: Tensor | None, arguments: LinearArguments
+    input: Tensor, weight: Tensor, bias: Tensor | None, arguments: LinearArguments, rows: Rows | None = None
 ) -> LinearProblem:
-    """The arguments of the linear operators as one object. Raises IndexError for a class out of range."""
+    """The arguments of the linear operators as one object. Raises IndexError for a class out of range.
+
+    rows: those that are worked on, where that is known already.
+    """
     target = arguments.part(Target)
+    if rows is None:
+        rows = Rows.of(input.shape[0], arguments.valid, arguments.skip)
     target.check_range(arguments.valid, weight.shape[0])
-    rows = Rows.of(input.shape[0], arguments.valid, arguments.skip)
     backend = backends.resolve(arguments.backend, input.device)
     return LinearProblem(input, weight, bias, target, rows, arguments.part(Transform), backend)
 
@@ -72,7 +92,7 @@ def _fake_gradients(needs: Needs, tensors, dtype: torch.dtype | None = None) -> 
 def _linear_stats(input, weight, bias, arguments: LinearArguments) -> tuple[Tensor, Tensor]:
     """Summary [SUMMARY, N] and argmax [N]."""
     problem = linear_problem(input, weight, bias, arguments)
-    with no_autocast(input.device):
+    with exact_products(input.device):
         return streaming.statistics(problem, arguments.workspace)
 
 
@@ -83,7 +103,7 @@ def _linear_stats_fake(input, weight, bias, arguments):
 def _linear_stats_backward(summary, coef, needs: Needs, input, weight, bias, arguments: LinearArguments):
     """Gradients of input, weight and bias, in their dtypes, from the coefficients [7, N] of every row."""
     problem = linear_problem(input, weight, bias, arguments)
-    with no_autocast(input.device):
+    with exact_products(input.device):
         return _given(streaming.gradients(problem, summary, coef, needs, arguments.workspace), input)
 
 
@@ -114,11 +134,10 @@ def _linear_loss(
     def ahead(chunk):
         return family.upstream(balance[chunk.where], row_scale[chunk.where])
 
-    with no_autocast(input.device):
-        result = chunked.loss_and_gradients(problem, upstream, needs, arguments.workspace, ahead)
-    grads = _given((result.input, result.weight, result.bias), input)
-    to_balance = result.args[0] if result.args else torch.zeros_like(row_scale)
-    return result.row_loss, result.summary, result.argmax, *grads, to_balance
+    with exact_products(input.device):
+        record, gradients = chunked.loss_and_gradients(problem, upstream, needs, arguments.workspace, ahead)
+    to_balance = record.args[0] if record.args else torch.zeros_like(row_scale)
+    return record.row_loss, record.summary, record.argmax, *_given(gradients.flat(), input), to_balance
 
 
 def _upstream(
@@ -144,10 +163,49 @@ def _linear_loss_fake(row_scale, balance, target_square, family, needs, input, w
     )
 
 
+@group
+class Span(Arguments):
+    """A chunk of rows: start:stop of those in `kept`, or of all, where those that do not count are masked."""
+
+    kept: Tensor | None  # [n] int64, ascending
+    start: int
+    stop: int
+
+
+def _chunk(input, weight, bias, arguments: LinearArguments, span: Span):
+    """(problem, chunk, hidden states of the chunk)."""
+    active = arguments.valid if span.kept is None else None
+    rows = Rows(input.shape[0], span.kept, active)
+    problem = linear_problem(input, weight, bias, arguments, rows)
+    chunk = rows.chunk(span.start, span.stop, problem.target, problem.dtype)
+    return problem, chunk, problem.hidden(chunk)
+
+
+def _chunk_stats(memory, span: Span, input, weight, bias, arguments: LinearArguments):
+    """Fill memory with the logits of a chunk of rows; gives their summary [SUMMARY, n] and argmax [n]."""
+    with exact_products(input.device):
+        return chunked.chunk_statistics(*_chunk(input, weight, bias, arguments, span), memory)
+
+
+def _chunk_stats_fake(memory, span, input, weight, bias, arguments):
+    rows = input.new_empty((span.stop - span.start, 0))
+    return _fake_statistics(rows, arithmetic_dtype(input, weight, bias))
+
+
+def _chunk_gradients(
+    memory, summary, coef, span: Span, to_input, to_weight, to_bias, input, weight, bias, arguments
+) -> None:
+    """Add to the gradients what the chunk contributes whose logits memory holds; coef [7, n]."""
+    gradients = Gradients(to_input, to_weight, to_bias)
+    with exact_products(input.device):
+        chunk = _chunk(input, weight, bias, arguments, span)
+        chunked.chunk_gradients(*chunk, memory, summary, coef, gradients)
+
+
 def _logits_stats(logits, arguments: LogitsArguments) -> tuple[Tensor, Tensor]:
     """Summary [SUMMARY, N] and argmax [N]."""
     problem = _logits_problem(logits, arguments)
-    with no_autocast(logits.device):
+    with exact_products(logits.device):
         return dense.statistics(problem)
 
 
@@ -158,7 +216,7 @@ def _logits_stats_fake(logits, arguments):
 def _logits_stats_backward(summary, coef, logits, arguments: LogitsArguments) -> Tensor:
     """Gradient of the logits [N, V] from the coefficients [7, N] of every row."""
     problem = _logits_problem(logits, arguments)
-    with no_autocast(logits.device):
+    with exact_products(logits.device):
         return dense.gradient(problem, summary, coef)
 
 
@@ -166,8 +224,12 @@ def _logits_stats_backward_fake(summary, coef, logits, arguments):
     return logits.new_empty(logits.shape)
 
 
+SIGNATURES: dict[str, Signature] = {}
+
+
 def _define(name: str, signature: Signature, returns: str, driver: Callable, fake: Callable) -> Callable:
     """Register a driver that takes one object for each part of its signature; gives what calls it so."""
+    SIGNATURES[name] = signature
 
     def flat(function: Callable) -> Callable:
         return lambda *arguments: function(*signature.unflatten(*arguments))
@@ -175,6 +237,10 @@ def _define(name: str, signature: Signature, returns: str, driver: Callable, fak
     define(name, signature, returns, flat(driver), flat(fake))
     operator = getattr(torch.ops.tightrope, name)
     return lambda *arguments: operator(*signature.flatten(*arguments))
+
+
+def _nothing(*_) -> None:
+    """The fake of an operator that writes to what it is given."""
 
 
 _STATISTICS = "(Tensor summary, Tensor argmax)"
@@ -203,4 +269,27 @@ logits_stats_backward = _define(
     "Tensor",
     _logits_stats_backward,
     _logits_stats_backward_fake,
+)
+chunk_stats = _define(
+    "chunk_stats",
+    Signature("Tensor(a!) memory", Span, *_HEAD),
+    _STATISTICS,
+    _chunk_stats,
+    _chunk_stats_fake,
+)
+chunk_gradients = _define(
+    "chunk_gradients",
+    Signature(
+        "Tensor(a!) memory",
+        "Tensor summary",
+        "Tensor coef",
+        Span,
+        "Tensor(b!)? to_input",
+        "Tensor(c!)? to_weight",
+        "Tensor(d!)? to_bias",
+        *_HEAD,
+    ),
+    "()",
+    _chunk_gradients,
+    _nothing,
 )

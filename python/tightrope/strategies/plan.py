@@ -103,6 +103,7 @@ def choose_strategy(rows: int, vocab_size: int, itemsize: int, workspace: int, d
 
     ``rows`` counts ignored rows too, so that the choice needs nothing from the device.
     """
-    least = min(rows, sizes(device).min_chunk_rows)
-    enough = chunk_rows(rows, vocab_size, itemsize, workspace) >= least
+    capacity = workspace // (vocab_size * itemsize)
+    # In this order the rows, which may be a symbol, are seldom looked at.
+    enough = capacity >= sizes(device).min_chunk_rows or max(capacity, 1) >= rows
     return "chunked" if enough else "streaming"

@@ -69,7 +69,7 @@ class _Scored:
     def check_topk(self) -> None:
         """Raise ValueError where the backend's row primitives take fewer entries of a top-k target."""
         entries, most = self.target.topk_index, self.backend.max_topk
-        if entries is not None and most is not None and entries.shape[-1] > most:
+        if entries is not None and not self.target.is_dense and most is not None and entries.shape[-1] > most:
             raise ValueError(
                 f"target: got {entries.shape[-1]} top-k entries a token, expected at most {most} with the "
                 f'row kernels of backend "{self.backend.name}"; a dense target or another backend takes more'
@@ -149,13 +149,21 @@ class LinearProblem(_Scored):
     def head_bias(self, start: int, stop: int) -> Tensor | None:
         return None if self.bias is None else self.bias[start:stop].to(self.dtype).contiguous()
 
+    def place(self, memory: Tensor, rows: int, entries: int) -> Tensor:
+        """The first elements of flat memory, as logits of so many rows and entries."""
+        if self.device.type == "cpu":
+            # Transposed, their GEMM is 5 to 25 % faster with MKL; the row kernels take either layout.
+            return memory[: rows * entries].view(entries, rows).t()
+        return memory[: rows * entries].view(rows, entries)
+
     def raw_logits(self, hidden: Tensor, head: Tensor, memory: Tensor) -> Tensor:
-        """``hidden @ head.T`` [n, T] in the first n * T elements of flat memory."""
-        rows, entries = hidden.shape[0], head.shape[0]
-        if memory.device.type == "cpu":
-            # Transposed, this GEMM is 5 to 25 % faster with MKL; the row kernels take either layout.
-            return multiply(head, hidden.t(), memory[: rows * entries].view(entries, rows)).t()
-        return multiply(hidden, head.t(), memory[: rows * entries].view(rows, entries))
+        """``hidden @ head.T`` [n, T], in its place in flat memory."""
+        raw = self.place(memory, hidden.shape[0], head.shape[0])
+        if self.device.type == "cpu":
+            multiply(head, hidden.t(), raw.t())
+        else:
+            multiply(hidden, head.t(), raw)
+        return raw
 
     def row_stats(
         self, raw: Tensor, partial: Tensor, argmax: Tensor, chunk: Chunk, tile: tuple[int, int]
@@ -177,7 +185,7 @@ class LinearProblem(_Scored):
         Not for a dense target, which goes by tile by tile because a chunk of it would be converted whole; nor
         where gradients become float16, whose scale is found from the coefficients (`headroom`).
         """
-        if self.target.dense is not None or self.operand == torch.float16:
+        if self.target.is_dense or self.operand == torch.float16:
             return False
         sparse = 1 if self.target.topk_index is None else self.target.topk_index.shape[-1]
         return self.backend.fuses(rows, self.vocab_size, sparse, self.dtype, self.device)

@@ -31,7 +31,7 @@ def _forward_spans(problem: LinearProblem, workspace: int) -> tuple[Spans, Spans
         block = plan.chunk_rows(rows, max(width, 1), problem.dtype.itemsize, workspace)
         block = min(block, plan.sizes(problem.device).streaming_rows)
         return tiles, plan.spans(rows, block, plan.ROW_MULTIPLE)
-    if problem.target.dense is None:
+    if not problem.target.is_dense:
         return [(0, vocab_size)], plan.spans(rows, rows)
     tiles = plan.spans(vocab_size, plan.DENSE_TILE, multiple=16)
     return tiles, plan.spans(rows, plan.chunk_rows(rows, plan.DENSE_TILE, problem.dtype.itemsize, workspace))
@@ -42,7 +42,7 @@ def _backward_spans(problem: LinearProblem, workspace: int) -> tuple[Spans, Span
     if not problem.streams:
         return _forward_spans(problem, workspace)
     rows, vocab_size, itemsize = problem.rows.count, problem.vocab_size, problem.operand.itemsize
-    if problem.target.dense is not None:
+    if problem.target.is_dense:
         itemsize += problem.dtype.itemsize
     most = plan.tile_width(rows, problem.device)
     width = plan.stream_width(rows, vocab_size, itemsize, workspace, most)
@@ -96,9 +96,9 @@ def gradients(
     # Where dW is not rounded it is summed where it is to stand.
     rounds = problem.weight.dtype != dtype
     bias_grad = torch.zeros_like(problem.bias) if needs.bias_grad else None
-    hidden_sum = (
-        problem.input.new_zeros((rows.count, problem.input.shape[1]), dtype=dtype) if needs.input_grad else None
-    )
+    hidden_sum = None
+    if needs.input_grad:
+        hidden_sum = problem.input.new_zeros((rows.count, problem.input.shape[1]), dtype=dtype)
     chunks = [rows.chunk(start, stop, problem.target, dtype) for start, stop in blocks]
     norms = [summary[:2, chunk.where].contiguous() for chunk in chunks]
     coefs = [coef[:, chunk.where].contiguous() for chunk in chunks]

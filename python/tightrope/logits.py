@@ -1,0 +1,241 @@
+"""What users call with logits that exist already: `functional` without the head.
+
+Rows that do not count are masked, which costs no product; the only large memory is the gradient of the
+logits, in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, overload
+
+from torch import Tensor
+
+from . import tokens as _tokens
+from . import validation
+from .arguments import LogitsArguments
+from .autograd import LogitsVocabStats
+from .prepare import Space, rows_of, target_square, weighted_rows
+from .statistics import RowStats
+from .strategies.own import evaluate
+from .targets import TopKTarget
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .arguments import TokenTarget, Transform
+    from .options import (
+        BackendName,
+        Creativity,
+        Integer,
+        LogitsLossOptions,
+        Number,
+        OwnLogitsLossOptions,
+        Reality,
+        Reduction,
+    )
+
+
+@overload
+def reality_creativity_loss(
+    logits: Tensor,
+    target: Tensor | TopKTarget,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LogitsLossOptions],
+) -> Tensor: ...
+
+
+@overload
+def reality_creativity_loss(
+    logits: Tensor,
+    target: Tensor | TopKTarget,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LogitsLossOptions],
+) -> tuple[Tensor, RowStats]: ...
+
+
+@overload
+def reality_creativity_loss(
+    logits: Tensor,
+    target: Tensor | TopKTarget,
+    *,
+    return_stats: bool,
+    **options: Unpack[LogitsLossOptions],
+) -> Tensor | tuple[Tensor, RowStats]: ...
+
+
+def reality_creativity_loss(
+    logits: Tensor,
+    target: Tensor | TopKTarget,
+    *,
+    balance: Number | Tensor = 0.0,
+    reality: Reality = "cross_entropy",
+    creativity: Creativity = "entropy",
+    ignore_index: Integer = -100,
+    label_smoothing: Number = 0.0,
+    class_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    logit_scale: Number = 1.0,
+    softcap: Number | None = None,
+    z_loss: Number = 0.0,
+    logit_l2: Number = 0.0,
+    reduction: Reduction = "mean",
+    normalizer: Number | Tensor | None = None,
+    shift: Integer = 0,
+    return_stats: bool = False,
+    backend: BackendName | None = None,
+) -> Tensor | tuple[Tensor, RowStats]:
+    """:func:`linear_reality_creativity_loss` of logits that exist already.
+
+    The only large memory it takes is the gradient of the logits, in the backward pass.
+
+    Args:
+        logits: ``(..., V)``; float32, float64, bfloat16 or float16. Vocabulary last, unlike F.cross_entropy.
+        others: as in :func:`linear_reality_creativity_loss`, with the tokens ``logits.shape[:-1]``.
+
+    Returns:
+        As :func:`linear_reality_creativity_loss`. Losses of bfloat16 and float16 logits are float32.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`linear_reality_creativity_loss`.
+    """
+    space = Space.of_logits(logits)
+    family = validation.loss_terms(
+        space.vocab_size, reality, creativity, label_smoothing, z_loss, logit_l2, space.dtype
+    )
+    transform = validation.transform(logit_scale, softcap, space.dtype)
+    balance = validation.balance(balance, space.tokens, space.device)
+    validation.flag("return_stats", return_stats, (True, False))
+    rows, family = weighted_rows(
+        space,
+        target,
+        family,
+        class_weight,
+        ignore_index=ignore_index,
+        shift=shift,
+        row_weight=row_weight,
+        reduction=reduction,
+        normalizer=normalizer,
+    )
+    square = target_square(space, target, family, ignore_index, shift)
+    stats = _statistics(space, rows.target, transform, backend)
+    loss = rows.reduce(family(stats, rows.flatten(balance), square))
+    return (loss, rows.shaped(stats)) if return_stats else loss
+
+
+def vocab_stats(
+    logits: Tensor,
+    target: Tensor | TopKTarget | None = None,
+    *,
+    ignore_index: Integer = -100,
+    logit_scale: Number = 1.0,
+    softcap: Number | None = None,
+    shift: Integer = 0,
+    backend: BackendName | None = None,
+) -> RowStats:
+    """:func:`linear_vocab_stats` of logits that exist already: one sweep over them, and one backward.
+
+    Args:
+        logits: ``(..., V)``; float32, float64, bfloat16 or float16.
+        others: as in :func:`linear_vocab_stats`, with the tokens ``logits.shape[:-1]``.
+
+    Returns:
+        As :func:`linear_vocab_stats`. Statistics of bfloat16 and float16 logits are float32.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`linear_reality_creativity_loss`.
+    """
+    space = Space.of_logits(logits)
+    transform = validation.transform(logit_scale, softcap, space.dtype)
+    flat = space.target(target, ignore_index, shift)
+    stats = _statistics(space, flat, transform, backend)
+    return _tokens.unflatten(stats, space.tokens, target is not None)
+
+
+@overload
+def vocab_loss(
+    logits: Tensor,
+    target: Tensor | TopKTarget | None,
+    loss_fn: Callable[..., Tensor],
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[OwnLogitsLossOptions],
+) -> Tensor: ...
+
+
+@overload
+def vocab_loss(
+    logits: Tensor,
+    target: Tensor | TopKTarget | None,
+    loss_fn: Callable[..., Tensor],
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[OwnLogitsLossOptions],
+) -> tuple[Tensor, RowStats]: ...
+
+
+@overload
+def vocab_loss(
+    logits: Tensor,
+    target: Tensor | TopKTarget | None,
+    loss_fn: Callable[..., Tensor],
+    *,
+    return_stats: bool,
+    **options: Unpack[OwnLogitsLossOptions],
+) -> Tensor | tuple[Tensor, RowStats]: ...
+
+
+def vocab_loss(
+    logits: Tensor,
+    target: Tensor | TopKTarget | None,
+    loss_fn: Callable[..., Tensor],
+    *,
+    row_args: Sequence[Tensor] = (),
+    ignore_index: Integer = -100,
+    row_weight: Tensor | None = None,
+    logit_scale: Number = 1.0,
+    softcap: Number | None = None,
+    reduction: Reduction = "mean",
+    normalizer: Number | Tensor | None = None,
+    shift: Integer = 0,
+    return_stats: bool = False,
+    backend: BackendName | None = None,
+) -> Tensor | tuple[Tensor, RowStats]:
+    """:func:`linear_vocab_loss` of logits that exist already.
+
+    Args:
+        logits: ``(..., V)``; float32, float64, bfloat16 or float16.
+        loss_fn: as in :func:`linear_vocab_loss`; it is called once, with all tokens, and must not mix them.
+        others: as in :func:`linear_vocab_loss`, with the tokens ``logits.shape[:-1]``.
+
+    Returns:
+        As :func:`linear_reality_creativity_loss`.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`linear_vocab_loss`.
+    """
+    space = Space.of_logits(logits)
+    transform = validation.transform(logit_scale, softcap, space.dtype)
+    validation.flag("return_stats", return_stats, (True, False))
+    validation.loss_function(loss_fn, row_args, space.tokens, space.device)
+    rows = rows_of(
+        space,
+        target,
+        ignore_index=ignore_index,
+        shift=shift,
+        row_weight=row_weight,
+        reduction=reduction,
+        normalizer=normalizer,
+        target_required=False,
+    )
+    stats = _statistics(space, rows.target, transform, backend)
+    loss = rows.reduce(evaluate(loss_fn, stats, rows.flatten_args(row_args), target is not None))
+    return (loss, rows.shaped(stats, target is not None)) if return_stats else loss
+
+
+def _statistics(space: Space, target: TokenTarget, transform: Transform, backend: str | None) -> RowStats:
+    validation.run_options(backend)
+    arguments = LogitsArguments(**vars(target), **vars(transform), backend=backend)
+    return RowStats(*LogitsVocabStats.apply(space.rows(), *arguments.flat()))

@@ -1,0 +1,199 @@
+"""From a caller's arguments to what the autograd Functions take: the part that all public functions share.
+
+A `Space` is what the tokens are scored over: their shape, the vocabulary, a dtype and a device. `rows_of`
+checks what a loss is told of the tokens and flattens it to rows, `Rows.reduce` puts losses back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import tokens as _tokens
+from . import validation
+from .ambient import refuse_transforms
+from .arguments import LinearArguments, TokenTarget, Transform
+from .losses import RealityCreativity
+from .statistics import RowStats
+from .strategies import plan
+from .strategies.problem import arithmetic_dtype
+from .targets import Target, TopKTarget
+
+
+@dataclass(frozen=True)
+class Space:
+    """What tokens are scored over."""
+
+    owner: str  # the argument that has the tokens
+    like: Tensor  # that argument
+    tokens: torch.Size
+    vocab_size: int
+    dtype: torch.dtype  # of the arithmetic
+
+    @classmethod
+    def of_head(cls, input: Tensor, weight: Tensor, bias: Tensor | None) -> Space:
+        validation.head(input, weight, bias)
+        refuse_transforms(input, weight, bias)
+        dtype = arithmetic_dtype(input, weight, bias)
+        return cls("input", input, input.shape[:-1], weight.shape[0], dtype)
+
+    @classmethod
+    def of_logits(cls, logits: Tensor) -> Space:
+        validation.logits(logits)
+        refuse_transforms(logits)
+        return cls("logits", logits, logits.shape[:-1], logits.shape[-1], arithmetic_dtype(logits))
+
+    @property
+    def device(self) -> torch.device:
+        return self.like.device
+
+    def rows(self) -> Tensor:
+        """The owner's values as [N, D] or [N, V]."""
+        return self.like.reshape(math.prod(self.tokens), self.like.shape[-1])
+
+    def target(
+        self, target: Tensor | TopKTarget | None, ignore_index: int, shift: int, required: bool = False
+    ) -> TokenTarget:
+        """Rows of a target, checked."""
+        if target is not None or required:
+            validation.target(target, self.tokens, self.vocab_size, self.device, self.owner)
+        ignore_index = validation.ignore_index(ignore_index, target)
+        shift = validation.shift(shift, self.tokens)
+        return _tokens.flatten_target(target, self.tokens, ignore_index, shift, self.device)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a loss: their targets, and what their losses are multiplied by before the sum."""
+
+    space: Space
+    target: TokenTarget
+    scale: Tensor  # [N]
+    reduction: str
+
+    def flatten(self, value: Tensor | float) -> Tensor:
+        """A number or a per-token tensor as [N], 0 where a row does not count."""
+        valid, space = self.target.valid, self.space
+        return _tokens.flatten_rows(value, space.tokens, valid, space.like, space.dtype)
+
+    def flatten_args(self, row_args: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A user's per-token tensors as [N, ...]."""
+        return tuple(_tokens.flatten_arg(arg, self.space.tokens, self.target.valid) for arg in row_args)
+
+    def reduce(self, loss: Tensor) -> Tensor:
+        """Losses of rows [N] to the result; NaN stays out where a row does not count."""
+        if self.target.valid is not None:
+            loss = torch.where(self.target.valid, loss, 0.0)
+        loss = loss.to(self.space.dtype) * self.scale
+        return loss.view(self.space.tokens) if self.reduction == "none" else loss.sum()
+
+    def shaped(self, stats: RowStats, has_target: bool = True) -> RowStats:
+        """Detached statistics in the tokens' shape."""
+        return _tokens.unflatten(RowStats(*(s.detach() for s in stats)), self.space.tokens, has_target)
+
+
+def rows_of(
+    space: Space,
+    target: Tensor | TopKTarget | None,
+    *,
+    ignore_index: int,
+    shift: int,
+    row_weight: Tensor | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    target_required: bool = True,
+) -> Rows:
+    """The rows of a loss. label_smoothing is that of the target where there is a class_weight."""
+    validation.choice("reduction", reduction, validation.REDUCTIONS)
+    normalizer = validation.normalizer(normalizer)
+    flat = space.target(target, ignore_index, shift, target_required)
+    if row_weight is not None:
+        validation.per_token("row_weight", row_weight, space.tokens, space.device)
+        flat = _tokens.without_weightless(flat, row_weight, space.tokens)
+    like, dtype = space.like, space.dtype
+    weight = _tokens.flatten_rows(
+        1.0 if row_weight is None else row_weight, space.tokens, flat.valid, like, dtype
+    )
+    of_class = None
+    if class_weight is not None:
+        flat.part(Target).check_range(flat.valid, space.vocab_size)
+        flat, of_class = _tokens.with_class_weight(flat, class_weight, label_smoothing)
+    if reduction == "mean" and normalizer is None:
+        if row_weight is not None:
+            validation.weights_of_one_sign(weight)
+        counted = weight if of_class is None else weight * of_class.to(dtype)
+        total = counted.sum() if flat.valid is None else torch.where(flat.valid, counted, 0.0).sum()
+    else:
+        total = None
+    return Rows(space, flat, _tokens.row_scale(weight, reduction, normalizer, total), reduction)
+
+
+def weighted_rows(
+    space: Space,
+    target: Tensor | TopKTarget,
+    family: RealityCreativity,
+    class_weight: Tensor | None,
+    **rows,
+) -> tuple[Rows, RealityCreativity]:
+    """The rows of a built-in loss (`rows_of` says what the others are), and the loss for their targets.
+
+    With class weights label smoothing is part of the target, and no more of the loss.
+    """
+    if class_weight is None:
+        return rows_of(space, target, **rows), family
+    validation.class_weight(class_weight, space.vocab_size, space.device, family.reality)
+    smoothing = family.label_smoothing
+    weighted = rows_of(space, target, class_weight=class_weight, label_smoothing=smoothing, **rows)
+    return weighted, replace(family, label_smoothing=0.0)
+
+
+def target_square(
+    space: Space,
+    target: Tensor | TopKTarget,
+    family: RealityCreativity,
+    ignore_index: int,
+    shift: int,
+) -> Tensor | None:
+    """|b|^2 of each row's target [N], where the loss has a use for it."""
+    if family.reality != "squared_error":
+        return None
+    ignore_index, shift = validation.integer("ignore_index", ignore_index), validation.integer("shift", shift)
+    smoothing = family.label_smoothing
+    return _tokens.target_square(target, space.vocab_size, ignore_index, shift, smoothing, space.dtype)
+
+
+def linear_arguments(
+    space: Space,
+    target: TokenTarget,
+    transform: Transform,
+    *,
+    skip_ignored: bool | None,
+    workspace_mb: float | None,
+    backend: str | None,
+    strategy: str | None = None,
+) -> LinearArguments:
+    workspace_mb = validation.run_options(backend, workspace_mb, strategy, skip_ignored)
+    # On a GPU skipping needs the count of rows on the host, which a graph capture or a trace cannot give.
+    skip = skip_ignored is not False
+    if skip and target.valid is not None and space.device.type == "cuda":
+        skip = not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
+    workspace = plan.workspace_bytes(workspace_mb, space.device)
+    return LinearArguments(**vars(target), **vars(transform), backend=backend, skip=skip, workspace=workspace)
+
+
+def choose_strategy(
+    space: Space, arguments: LinearArguments, strategy: str | None, reduction: str, *leaves: Tensor | None
+) -> str:
+    """Chunked needs the upstream gradient to be one number, and the gradient of a leaf to be wanted."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    if reduction == "none" or not wanted:
+        return "streaming"
+    return strategy or plan.choose_strategy(
+        math.prod(space.tokens), space.vocab_size, space.dtype.itemsize, arguments.workspace, space.device
+    )
