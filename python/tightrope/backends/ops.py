@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..coefficients import RowCoefficients, RowUpstream, row_coefficients
-from ..statistics import empty_partial, merge, origin, summarise
+from ..statistics import LOG_ZERO, SUM_SCALE, empty_partial, merge, origin, scaled_shift, summarise
 
 _library = torch.library.Library("tightrope", "DEF")
 
@@ -76,30 +76,35 @@ def row_stats(
         return
     z = _transform(logits, bias, logit_scale, softcap)
     top, best = z.max(-1)
-    d = z - origin(top).unsqueeze(-1)
+    start = origin(top).unsqueeze(-1)
+    d = z - start
     e = d.exp()
+    shift_exp = d.clamp_(min=LOG_ZERO).mul_(e).sum(-1)
+    del d  # a tile less at a time
+    scaled = scaled_shift(z, start)
+    sum_exp, square_exp = e.sum(-1), e.square().sum(-1)
     zero = torch.zeros_like(top)
     target_shift, target_exp, mass = zero, zero, zero
     if dense is not None:
-        target_shift = (dense * d.masked_fill(dense == 0, 0.0)).sum(-1)
+        target_shift = (dense * scaled.masked_fill(dense == 0, 0.0)).sum(-1)
         target_exp, mass = (dense * e).sum(-1), dense.sum(-1)
     elif index is not None or topk_index is not None:
         columns, b = _sparse_target(z, offset, index, topk_index, topk_prob)
-        target_shift = (b * d.gather(-1, columns).masked_fill(b == 0, 0.0)).sum(-1)
+        target_shift = (b * scaled.gather(-1, columns).masked_fill(b == 0, 0.0)).sum(-1)
         target_exp, mass = (b * e.gather(-1, columns)).sum(-1), b.sum(-1)
     tile = torch.stack(
         [
             top,
-            e.sum(-1),
-            (e * d.masked_fill(e == 0, 0.0)).sum(-1),
-            e.square().sum(-1),
+            sum_exp,
+            shift_exp,
+            square_exp,
             target_shift,
             target_exp,
             mass,
-            d.sum(-1),
+            scaled.sum(-1),
             z.square().sum(-1),
             torch.full_like(top, z.shape[-1]),
-            z.sum(-1),
+            (z * SUM_SCALE).sum(-1),
         ]
     )
     better = (argmax < 0) | (top > partial[0]) | (top.isnan() & ~partial[0].isnan())
