@@ -17,21 +17,22 @@
 
 namespace tightrope {
 
-// Statistics of part of a row, all sums relative to `origin(max)`. The order is the layout of the
-// `partial` tensors, [kPartialFields, rows].
+// Statistics of part of a row, sums of exponentials and shifts relative to `origin(max)`. The order
+// is the layout of the `partial` tensors, [kPartialFields, rows]. Those marked * are kept times
+// kSumScale.
 template <class T>
 struct Partial {
   T max = -std::numeric_limits<T>::infinity();
   T sum_exp = 0;         // sum e^d,        d_j = z_j - max
   T sum_exp_shift = 0;   // sum e^d d
   T sum_exp_square = 0;  // sum e^2d
-  T target_shift = 0;    // sum b d
+  T target_shift = 0;    // sum b d *
   T target_exp = 0;      // sum b e^d
   T target_mass = 0;     // sum b
-  T shift_sum = 0;       // sum d
+  T shift_sum = 0;       // sum d *
   T square_sum = 0;      // sum z^2
   T count = 0;           // entries seen
-  T logit_sum = 0;       // sum z: shift_sum + count * max would cancel
+  T logit_sum = 0;       // sum z *: shift_sum + count * max would cancel
 };
 constexpr int kPartialFields = 11;
 
@@ -46,10 +47,32 @@ constexpr int kCoefficients = 7;
 // so that an impossible entry contributes 0 * finite = 0 and not 0 * -inf = NaN.
 constexpr double kLogZero = -1e4;
 
+// Logits may be as large as their type allows (a mask of its lowest number, say). A difference of
+// two, or a sum over the vocabulary, then overflows where the mean, which is what is wanted of it,
+// does not. A power of two, so it changes no bit of sums that are far from that.
+constexpr double kSumScale = 1.0 / 4294967296.0;
+
 // The point that shifted sums refer to: the maximum, or 0 where no entry is possible (all -inf).
 template <class T>
 TIGHTROPE_HD T origin(T max) {
   return max == -std::numeric_limits<T>::infinity() ? T(0) : max;
+}
+
+// z - origin times kSumScale, which is sum_scale: finite for any two finite numbers.
+template <class V>
+TIGHTROPE_HD V scaled_shift(const V& z, const V& origin, const V& sum_scale) {
+  return z * sum_scale - origin * sum_scale;
+}
+template <class T>
+TIGHTROPE_HD T scaled_shift(T z, T origin) {
+  return scaled_shift<T>(z, origin, static_cast<T>(kSumScale));
+}
+
+// Whether z - origin, z <= origin, overflows for some finite z.
+template <class T>
+TIGHTROPE_HD bool is_far(T origin) {
+  using Limits = std::numeric_limits<T>;
+  return origin > Limits::max() * Limits::epsilon() / 8;
 }
 
 // Scalar forms of operations that a vector type brings along (for at::vec's vectors they are found
@@ -77,21 +100,23 @@ TIGHTROPE_HD double maximum(double a, double b) {
 
 // Adds one entry to sums relative to a maximum: d = z - origin(max), e = exp(d). T may be a vector.
 // The caller adds d to shift_sum: past the end of a row a vector lane has e = 0, but no d that is
-// 0.
+// 0; and where `is_far` the sum of d is not that of scaled shifts. log_zero and sum_scale are
+// kLogZero and kSumScale.
 template <class T>
 TIGHTROPE_HD void add_entry(
-    Partial<T>& sums, const T& z, const T& d, const T& e, const T& log_zero) {
-  sums.logit_sum = sums.logit_sum + z;
+    Partial<T>& sums, const T& z, const T& d, const T& e, const T& log_zero, const T& sum_scale) {
+  sums.logit_sum = fmadd(z, sum_scale, sums.logit_sum);
   sums.square_sum = fmadd(z, z, sums.square_sum);
   sums.sum_exp = sums.sum_exp + e;
   sums.sum_exp_shift = fmadd(e, maximum(d, log_zero), sums.sum_exp_shift);
   sums.sum_exp_square = fmadd(e, e, sums.sum_exp_square);
 }
 
-// Adds target mass b at an entry; d must be 0 where b is, so that 0 * -inf does not arise.
+// Adds target mass b at an entry of scaled shift `scaled`, which must be 0 where b is, so that
+// 0 * -inf does not arise.
 template <class T>
-TIGHTROPE_HD void add_target(Partial<T>& sums, const T& b, const T& d, const T& e) {
-  sums.target_shift = fmadd(b, d, sums.target_shift);
+TIGHTROPE_HD void add_target(Partial<T>& sums, const T& b, const T& scaled, const T& e) {
+  sums.target_shift = fmadd(b, scaled, sums.target_shift);
   sums.target_exp = fmadd(b, e, sums.target_exp);
   sums.target_mass = sums.target_mass + b;
 }
@@ -101,14 +126,16 @@ template <class T>
 TIGHTROPE_HD Partial<T> rebase(const Partial<T>& part, T max) {
   Partial<T> out = part;
   out.max = max;
-  const T shift = origin(part.max) - origin(max);
+  const T from = origin(part.max), to = origin(max);
+  // Clamped where e^shift is 0: with -inf, or a shift times a sum that overflows, 0 * inf is NaN.
+  const T shift = maximum(from - to, T(kLogZero)), scaled = scaled_shift(from, to);
   const T scale = part.sum_exp == T(0) ? T(0) : T(std::exp(shift));
   out.sum_exp = scale * part.sum_exp;
   out.sum_exp_shift = scale * (part.sum_exp_shift + shift * part.sum_exp);
   out.sum_exp_square = scale * scale * part.sum_exp_square;
-  out.target_shift = part.target_shift + shift * part.target_mass;
+  out.target_shift = part.target_shift + scaled * part.target_mass;
   out.target_exp = scale * part.target_exp;
-  out.shift_sum = part.shift_sum + shift * part.count;
+  out.shift_sum = part.shift_sum + scaled * part.count;
   return out;
 }
 

@@ -18,6 +18,8 @@ NO_TARGET, INDEX, DENSE, TOPK = (tl.constexpr(kind) for kind in range(4))
 # e^x is 0 in every supported type long before x reaches this; log-probabilities are clamped to it so that an
 # impossible entry contributes 0 * finite = 0 and not 0 * -inf = NaN.
 LOG_ZERO = tl.constexpr(-1e4)
+# Logits may be as large as their dtype allows; what is summed of them is kept times this: see row_math.h.
+SUM_SCALE = tl.constexpr(2.0**-32)
 # Larger than any column; less it, the place of a NaN is negative.
 NO_COLUMN = tl.constexpr(2**30)
 
@@ -60,19 +62,28 @@ def origin(maximum):
 
 
 @triton.jit
+def scaled_shift(z, start):
+    """``(z - start) * SUM_SCALE``: finite for any two finite numbers."""
+    return z * SUM_SCALE - start * SUM_SCALE
+
+
+@triton.jit
 def rebase(part, maximum):
     """The same statistics relative to a maximum that is no smaller."""
-    shift = origin(part.max) - origin(maximum)
+    start, end = origin(part.max), origin(maximum)
+    shift, scaled = start - end, scaled_shift(start, end)
+    # Clamped where e^shift is 0: with -inf, or a shift times a sum that overflows, 0 * inf is NaN.
+    shift = tl.where(shift < LOG_ZERO, LOG_ZERO, shift)
     scale = tl.where(part.sum_exp == 0, 0.0, tl.exp(shift))
     return Partial(
         maximum,
         scale * part.sum_exp,
         scale * (part.sum_exp_shift + shift * part.sum_exp),
         scale * scale * part.sum_exp_square,
-        part.target_shift + shift * part.target_mass,
+        part.target_shift + scaled * part.target_mass,
         scale * part.target_exp,
         part.target_mass,
-        part.shift_sum + shift * part.count,
+        part.shift_sum + scaled * part.count,
         part.square_sum,
         part.count,
         part.logit_sum,

@@ -19,6 +19,7 @@ from .arithmetic import (
     LOG_ZERO,
     NO_COLUMN,
     NO_TARGET,
+    SUM_SCALE,
     TOPK,
     Partial,
     first_maximum,
@@ -28,6 +29,7 @@ from .arithmetic import (
     merge,
     origin,
     rebase,
+    scaled_shift,
     store_partial,
     takes_argmax,
     transform,
@@ -92,26 +94,26 @@ def row_stats(
         place = first_maximum(z, maximum, column, 0)
         d = z - origin(maximum)
         e = tl.exp(d)
-        seen = tl.where(inside, d, 0.0)
+        scaled = tl.where(inside, scaled_shift(z, origin(maximum)), 0.0)
         valued = tl.where(inside, z, 0.0)
         target_shift, target_exp, mass = zero, zero, zero
         if TARGET == DENSE:
             b = tl.load(target + row * target_stride + column, mask=inside, other=0.0).to(DTYPE)
-            target_shift += tl.sum(tl.where(b == 0, 0.0, b * d), 0)
+            target_shift += tl.sum(tl.where(b == 0, 0.0, b * scaled), 0)
             target_exp += tl.sum(b * e, 0)
             mass += tl.sum(b, 0)
         block = Partial(
             zero + tl.where(place < 0, float("nan"), maximum),
             zero + tl.sum(e, 0),
-            zero + tl.sum(e * tl.where(d < LOG_ZERO, LOG_ZERO, d), 0),
+            zero + tl.sum(e * tl.maximum(d, LOG_ZERO), 0),
             zero + tl.sum(e * e, 0),
             target_shift,
             target_exp,
             mass,
-            zero + tl.sum(seen, 0),
+            zero + tl.sum(scaled, 0),
             zero + tl.sum(valued * valued, 0),
             zero + tl.sum(inside.to(DTYPE), 0),
-            zero + tl.sum(valued, 0),
+            zero + tl.sum(valued * SUM_SCALE, 0),
         )
         place = tl.where(place < 0, place + NO_COLUMN, place).to(tl.int64)
         argmax = tl.where(takes_argmax(running.max, argmax, block.max), place + offset, argmax)
@@ -131,9 +133,8 @@ def row_stats(
             b = inside.to(DTYPE)
             if TARGET == TOPK:
                 b = tl.load(target_prob + at, mask=inside, other=0.0).to(DTYPE)
-            d = z - top
-            target_shift += tl.sum(tl.where(b == 0, 0.0, b * d), 0)
-            target_exp += tl.sum(tl.where(b == 0, 0.0, b * tl.exp(d)), 0)
+            target_shift += tl.sum(tl.where(b == 0, 0.0, b * scaled_shift(z, top)), 0)
+            target_exp += tl.sum(tl.where(b == 0, 0.0, b * tl.exp(z - top)), 0)
             mass += tl.sum(b, 0)
         running = Partial(
             running.max,

@@ -23,6 +23,7 @@ from .arithmetic import (
     INDEX,
     LOG_ZERO,
     NO_COLUMN,
+    SUM_SCALE,
     TOPK,
     Partial,
     first_maximum,
@@ -30,6 +31,7 @@ from .arithmetic import (
     load_coefficients,
     merge,
     origin,
+    scaled_shift,
     store_partial,
     takes_argmax,
     transform,
@@ -154,48 +156,52 @@ def _statistics(
     TARGET: tl.constexpr,
     TOPK_BLOCK: tl.constexpr,
 ):
-    """Statistics of a tile of logits [rows, columns from first on], and the place of each row's maximum."""
+    """Statistics of a tile of logits [rows, columns from first on], and the place of each row's maximum.
+
+    In the order in which, for each kind of target, fewest values live at a time.
+    """
     column = first + tl.arange(0, z.shape[1])
     inside = (column < columns)[None, :]
     last = tl.minimum(first + column.shape[0], columns)
     maximum = tl.max(z, 1)
     place = first_maximum(z, maximum[:, None], column[None, :], 1)
+    start = origin(maximum)
     valued = tl.where(inside, z, 0.0)
-    logit_sum, square_sum = tl.sum(valued, 1), tl.sum(valued * valued, 1)
-    d = z - origin(maximum)[:, None]
-    shift_sum = tl.sum(tl.where(inside, d, 0.0), 1)
+    logit_sum, square_sum = tl.sum(valued * SUM_SCALE, 1), tl.sum(valued * valued, 1)
     zero = tl.zeros(row.shape, tl.float32)
     target_shift, target_exp, mass = zero, zero, zero
     if TARGET == INDEX:
         index = tl.load(target + row, mask=live, other=-1) - offset
         hit = (index >= first) & (index < last)
-        target_shift = tl.sum(tl.where(column[None, :] == index.to(tl.int32)[:, None], d, 0.0), 1)
-        target_shift = tl.where(hit, target_shift, 0.0)
-        target_exp = tl.where(hit, tl.exp(target_shift), 0.0)
+        hit_z = tl.sum(tl.where(column[None, :] == index.to(tl.int32)[:, None], z, 0.0), 1)
+        target_shift = tl.where(hit, scaled_shift(hit_z, start), 0.0)
+        target_exp = tl.where(hit, tl.exp(hit_z - start), 0.0)
         mass = hit.to(tl.float32)
+    shift_sum = tl.sum(tl.where(inside, scaled_shift(z, start[:, None]), 0.0), 1)
     if TARGET == TOPK:
-        start, count = _run_of_entries(
+        run, count = _run_of_entries(
             target, row, live, target_stride, first + offset, last + offset, TOPK_BLOCK
         )
         for k in range(0, tl.max(count, 0)):
-            entry, b = _entry(target, target_prob, row, target_stride, start + k, k < count)
+            entry, b = _entry(target, target_prob, row, target_stride, run + k, k < count)
             entry = (entry - offset).to(tl.int32)
-            shift = tl.sum(tl.where(column[None, :] == entry[:, None], d, 0.0), 1)
-            target_shift += tl.where(b == 0, 0.0, b * shift)
-            target_exp += tl.where(b == 0, 0.0, b * tl.exp(shift))
+            entry_z = tl.sum(tl.where(column[None, :] == entry[:, None], z, 0.0), 1)
+            target_shift += tl.where(b == 0, 0.0, b * scaled_shift(entry_z, start))
+            target_exp += tl.where(b == 0, 0.0, b * tl.exp(entry_z - start))
             mass += b
+    d = z - start[:, None]
     e = tl.exp(d)
     if TARGET == DENSE:
         at = target + row[:, None] * target_stride + column[None, :]
         b = tl.load(at, mask=live[:, None] & inside, other=0.0).to(tl.float32)
-        target_shift = tl.sum(tl.where(b == 0, 0.0, b * d), 1)
+        target_shift = tl.sum(tl.where(b == 0, 0.0, b * scaled_shift(z, start[:, None])), 1)
         target_exp = tl.sum(b * e, 1)
         mass = tl.sum(b, 1)
-    sum_exp = tl.sum(e, 1)
+    sum_exp, sum_exp_shift = tl.sum(e, 1), tl.sum(e * tl.maximum(d, LOG_ZERO), 1)
     tile = Partial(
         tl.where(place < 0, float("nan"), maximum),
         sum_exp,
-        tl.sum(e * tl.where(d < LOG_ZERO, LOG_ZERO, d), 1),
+        sum_exp_shift,
         tl.sum(e * e, 1),
         target_shift,
         target_exp,

@@ -175,6 +175,22 @@ def assert_no_worse(actual: Tensor, exact: Tensor, rough: Tensor, floor: float, 
     )
 
 
+def assert_representable(
+    actual: Tensor, exact: Tensor, rtol: float, floor: float | Tensor = 0.0, what="", largest=None
+) -> None:
+    """Element by element: right where the dtype can hold it, else the infinity of its sign; never a new NaN.
+
+    largest: of the arithmetic, where it is not that of the dtype of ``actual``.
+    """
+    limit = torch.finfo(actual.dtype).max if largest is None else largest
+    actual, exact = actual.detach().double(), exact.detach().double()
+    near = deviation(actual, exact) <= rtol * exact.abs() + floor
+    edge = (1 - rtol) * limit
+    beyond = (exact.abs() >= edge) & (actual.abs() >= edge) & (actual.sign() == exact.sign())
+    wrong = ~(near | beyond | exact.isnan())
+    assert not wrong.any(), f"{what}: {actual[wrong][:4].tolist()} for {exact[wrong][:4].tolist()}"
+
+
 def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert first.keys() == second.keys()
     for name in first:

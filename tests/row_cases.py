@@ -8,7 +8,16 @@ and what is not theirs must be NaN afterwards. ``device`` has the kernels of ``t
 
 import torch
 
-from helpers import assert_no_worse, class_indices, rand, randn, top_k
+from helpers import (
+    ROUNDING,
+    SMALLEST,
+    assert_no_worse,
+    assert_representable,
+    class_indices,
+    rand,
+    randn,
+    top_k,
+)
 from tightrope import reference
 from tightrope.backends import ops
 from tightrope.coefficients import row_coefficients
@@ -24,6 +33,9 @@ VOCABULARIES = (1, 2, 3, 7, 8, 9, 15, 17, 33, 255, 257, 1023, 2049, 4095, 4097, 
 KINDS = (None, "index", "dense", "top_k")
 TRANSFORMS = ({}, {"bias": True}, {"logit_scale": -1.5}, {"softcap": 4.0}, {"bias": True, "softcap": 30.0})
 HOSTILE = ("plain", "peaked", "offset", "negative", "masked", "constant", "large")
+
+# Masks of the lowest finite number but for two classes: alone, beside -inf, beside the largest number.
+SENTINELS = ("lowest", "lowest and -inf", "lowest and largest")
 
 
 def arithmetic(dtype):
@@ -54,6 +66,17 @@ def hostile(how, vocab, dtype, seed=0):
         logits = torch.full_like(logits, -3.0)
     elif how == "large":
         logits[:, ::2] *= 2e3 if dtype == F16 else 1e8
+    elif how in SENTINELS:
+        # Of float64 no more than the truth can sum.
+        lowest = -1e300 if dtype == F64 else torch.finfo(dtype).min
+        logits = logits.double()
+        usual = logits[:, vocab // 2].clone()
+        logits[:, : vocab - 1] = lowest
+        if how == "lowest and -inf":
+            logits[:, 1::2] = logits[:, : vocab // 2] = -torch.inf
+        logits[:, vocab // 2] = usual
+        if how == "lowest and largest":
+            logits[:, -1] = -lowest
     return logits.to(dtype)
 
 
@@ -65,9 +88,8 @@ class Case:
         self.logits, self.buffer = placed(hostile(how, vocab, dtype, seed), gap, lead)
         self.bias = randn(vocab, seed=seed + 2, dtype=self.wide) if transform.pop("bias", None) else None
         self.scale, self.softcap = transform.get("logit_scale", 1.0), transform.get("softcap")
-        index = (
-            torch.full((ROWS,), vocab // 2) if how == "masked" else class_indices((ROWS,), vocab, seed=seed)
-        )
+        possible = how not in ("masked", "lowest and -inf")
+        index = class_indices((ROWS,), vocab, seed=seed) if possible else torch.full((ROWS,), vocab // 2)
         self.index = self.dense = self.topk_index = self.topk_prob = None
         if kind == "index":
             self.index = index
@@ -77,7 +99,7 @@ class Case:
             self.dense = placed(dense, gap, lead)[0]
         elif kind == "top_k":
             pairs = top_k((ROWS,), vocab, k=5, seed=seed + 4, dtype=self.wide)
-            if how == "masked":
+            if not possible:
                 pairs.indices[:] = vocab // 2
             pairs.indices[:, 1] = pairs.indices[:, 0]
             pairs.indices[:, 2], pairs.probs[:, 2] = -1, 0.0
@@ -195,6 +217,42 @@ def check_loss_grad(case, device, in_place, narrow=None, **terms):
     for name, a, b in zip(["m", "S0", "S1", "S2", "bd", "be", "b", "d", "zz", "n"], partial, rough_partial):
         scale = case.vocab * size * (size if name == "zz" else 1)
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def check_sentinels(case, device):
+    """Statistics and gradients beside masks: what the arithmetic can hold, else its infinity; no NaN."""
+    rtol, floor = (1e-11, 1e-10) if case.wide == F64 else (1e-5, 1e-4)
+    raw = case.logits.double().requires_grad_()
+    exact = reference.row_stats(case.z(raw), case.distribution())._asdict()
+    summary, argmax = stats_of(case, device.row_stats)
+    actual = row_stats(summary, argmax)._asdict()
+    assert torch.equal(actual.pop("argmax"), exact.pop("argmax"))
+    exact = {name: value for name, value in exact.items() if value is not None}
+    z = case.z(raw).detach().nan_to_num(neginf=0.0)
+    # What is relative to the largest logit, and the sum of logits of both signs, have its rounding.
+    rounding = {"target_logit": rtol * z.amax(-1).clamp_min(0), "logit_sum": rtol * z.abs().sum(-1)}
+    for name, value in exact.items():
+        assert_representable(actual[name], value, rtol, floor + rounding.get(name, 0.0), name)
+    grads = {n: g for n, g in grads_for(7, case.wide, True).items() if n in exact}
+    if case.logits.isinf().any():
+        grads = {
+            n: g for n, g in grads.items() if n not in ("logit_sum", "logit_square_sum", "mean_log_prob")
+        }
+    (truth,) = torch.autograd.grad(sum((g.double() * exact[n]).sum() for n, g in grads.items()), raw)
+    coef = row_coefficients(summary, StatGrads(**grads), case.vocab)
+    out, _ = case.nan_out()
+    device.row_grad(case.logits, out, summary[:2].contiguous(), coef, *case.tail())
+    narrow = ROUNDING.get(case.dtype, 0.0) + SMALLEST.get(case.dtype, 0.0)
+    assert_representable(out, truth, rtol + narrow, floor, "row_grad")
+    if case.distribution() is None:
+        return
+    balance, ones = torch.full((ROWS,), 0.3, dtype=case.wide), torch.ones(ROWS, dtype=case.wide)
+    for terms in TERMS:
+        family = RealityCreativity(case.vocab, **terms)
+        loss = reference.token_loss(case.z(raw), case.distribution(), balance=0.3, **terms)
+        (truth,) = torch.autograd.grad(loss.sum(), raw)
+        out, *_ = fused(case, device, family.upstream(balance, ones))
+        assert_representable(out, truth, rtol + narrow, floor, f"row_loss_grad, {terms}")
 
 
 TERMS = (

@@ -21,6 +21,7 @@ from row_cases import (
     HOSTILE,
     KINDS,
     ROWS,
+    SENTINELS,
     TERMS,
     TRANSFORMS,
     VOCABULARIES,
@@ -29,6 +30,7 @@ from row_cases import (
     arithmetic,
     check_grad,
     check_loss_grad,
+    check_sentinels,
     check_stats,
     fused,
     grads_for,
@@ -93,6 +95,14 @@ def test_hostile_rows(how):
             check_grad(case, device, summary, in_place=False)
             if kind is not None:
                 check_loss_grad(case, device, in_place=True, narrow=BF16 if dtype == F32 else None)
+
+
+@pytest.mark.parametrize("how", SENTINELS)
+def test_finite_sentinels(how):
+    """Fails if a thread, a warp or a block of the lowest finite number overflows as it merges."""
+    for dtype, kind in product(DTYPES, KINDS):
+        for vocab, device in ((9, ONE), (4100, ONE), (4100, MANY)):
+            check_sentinels(Case(dtype, vocab, kind, how, seed=vocab, gap=1, lead=1), device)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F64], ids=str)

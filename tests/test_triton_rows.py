@@ -18,10 +18,12 @@ from triton_cases import (
     KINDS,
     ODD_COLUMNS,
     OFFSET,
+    SENTINELS,
     case,
     check_argmax,
     coefficients,
     judge,
+    judge_sentinels,
     named_statistics,
     new_partial,
     rounding,
@@ -83,6 +85,19 @@ def check(problem):
 @pytest.mark.parametrize("how", HOSTILE)
 def test_hostile(kind, how):
     check(case(5, 301, 8, kind, how=how))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_finite_sentinels(kind):
+    """Fails if a block of the lowest finite number overflows in a shift, a sum or a merge."""
+    for how in SENTINELS:
+        problem = case(5, 301, 8, kind, how=how)
+        logits = problem.raw(torch.float32)
+        partial, argmax = new_partial(problem)
+        backend.row_stats(logits, partial, argmax, *problem.tail)
+        out = torch.full_like(logits, NAN)
+        backend.row_grad(logits, out, *coefficients(problem, partial), *problem.tail)
+        judge_sentinels(problem, partial, argmax, out)
 
 
 @pytest.mark.parametrize("kind", KINDS)

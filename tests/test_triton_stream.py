@@ -22,10 +22,12 @@ from triton_cases import (
     KINDS,
     ODD_COLUMNS,
     OFFSET,
+    SENTINELS,
     case,
     check_argmax,
     coefficients,
     judge,
+    judge_sentinels,
     named_statistics,
     new_partial,
     rounding,
@@ -85,6 +87,19 @@ def check(problem):
 @pytest.mark.parametrize("how", HOSTILE)
 def test_hostile(kind, how):
     check(case(5, 171, 21, kind, how=how))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_finite_sentinels(kind):
+    """Fails if a block of the lowest finite number overflows in a shift, a sum or a merge."""
+    for how in SENTINELS:
+        problem = case(5, 171, 21, kind, how=how)
+        hidden, weight = problem.hidden, problem.weight
+        partial, argmax = new_partial(problem)
+        backend.stream_stats(hidden, weight, partial, argmax, *problem.tail)
+        out = torch.full((5, 171), NAN)
+        backend.stream_grad(hidden, weight, out, *coefficients(problem, partial), *problem.tail)
+        judge_sentinels(problem, partial, argmax, out)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from helpers import EPS32, assert_no_worse, class_indices, rand, randn, top_k
+from helpers import EPS32, assert_no_worse, assert_representable, class_indices, rand, randn, top_k
 from tightrope import reference
 from tightrope.coefficients import row_coefficients
 from tightrope.statistics import StatGrads, empty_partial, row_stats, summarise
 
 KINDS = ("none", "index", "dense", "topk")
 HOSTILE = ("plain", "peaked", "offset", "negative", "masked", "constant")
+# Masks of the lowest finite number but for two classes: alone, beside -inf, beside the largest number.
+SENTINELS = ("lowest", "lowest and -inf", "lowest and largest")
 OFFSET = 11  # of the tile in the vocabulary
 
 # Columns of a row of 100 that make its argmax odd: the first NaN wins, then the first maximum.
@@ -94,18 +96,29 @@ def case(
         shift[0], index = 0.0, torch.zeros(rows, dtype=torch.int64)
     elif how == "constant":
         hidden, shift = torch.zeros_like(hidden), torch.zeros_like(shift)
+    elif how in SENTINELS:
+        allowed = torch.tensor([columns // 2, columns - 1])
+        mask = torch.full_like(shift, torch.finfo(torch.float32).min)
+        if how == "lowest and -inf":
+            mask[1::2], mask[: columns // 2] = -torch.inf, -torch.inf  # whole tiles, too
+        mask[allowed] = shift[allowed]
+        if how == "lowest and largest":
+            mask[allowed[1]] = torch.finfo(torch.float32).max
+        shift, index = mask, allowed[torch.arange(rows) % 2]
+        if how == "lowest":
+            index[0] = 3  # masked itself
     target = topk_index = topk_prob = dense = None
     if kind == "index":
         target = reference.dense_target(index, columns, dtype=torch.float64)[0]
     elif kind == "dense":
         target = torch.softmax(randn(rows, columns, seed=seed + 5, dtype=torch.float64), -1)
-        if how == "masked":
-            target[:, shift == -torch.inf] = 0.0
+        target[:, shift == -torch.inf] = 0.0
         dense = target.to(wide)
         target = dense.double()
     elif kind == "topk":
         pairs = top_k((rows,), columns, k=5, seed=seed + 6, dtype=wide)
-        indices = torch.zeros_like(pairs.indices) if how == "masked" else pairs.indices
+        finite = shift[pairs.indices].isfinite()
+        indices = torch.where(finite, pairs.indices, index.unsqueeze(-1))
         topk_index, order = indices.sort(dim=-1, stable=True)
         topk_prob = pairs.probs.gather(-1, order)
         target = reference.dense_target((topk_index, topk_prob), columns, dtype=torch.float64)[0]
@@ -173,6 +186,20 @@ def coefficients(problem: Case, partial: Tensor) -> tuple[Tensor, Tensor]:
 
 def judge(actual, exact, rough, scale, what):
     assert_no_worse(actual, exact, rough, 16 * EPS32 * scale, what)
+
+
+def judge_sentinels(problem: Case, partial: Tensor, argmax: Tensor, out: Tensor) -> None:
+    """Statistics, and the gradient of them all, beside masks: what float32 can hold, else its infinity."""
+    stats, grad = truth(problem)
+    z = problem.transformed(problem.raw()).nan_to_num(neginf=0.0)
+    # What is relative to the largest logit, and the sum of logits of both signs, have its rounding.
+    rounding = {"target_logit": z.amax(-1).clamp_min(0) * EPS32, "logit_sum": z.abs().sum(-1) * EPS32}
+    for name, value in named_statistics(problem, partial, argmax).items():
+        if name == "argmax":
+            assert torch.equal(value, stats[name])
+        else:
+            assert_representable(value, stats[name], 1e-5, 1e-4 + 4 * rounding.get(name, 0.0), name)
+    assert_representable(out, grad, 1e-5, 1e-4, "gradient")
 
 
 def unwritten_parts(monkeypatch, backend) -> None:

@@ -102,7 +102,7 @@ void column_stats(
       const Vec v = Vec::loadu(z + j * kLanes);
       const Vec d = v - shift;
       const Vec e = sums.add(v, d, d);
-      if (targets.dense != nullptr) sums.add_target(group.dense(targets, first + j), d, e);
+      if (targets.dense != nullptr) sums.add_target(group.dense(targets, first + j), v, shift, e);
     }
     alignas(64) T field[9][kLanes];
     const Vec all[9] = {sums.sum_exp,      sums.sum_exp_shift, sums.sum_exp_square,
@@ -115,8 +115,9 @@ void column_stats(
       Partial<T> block{max[l],      field[0][l],       field[1][l], field[2][l],
                        field[3][l], field[4][l],       field[5][l], field[6][l],
                        field[7][l], static_cast<T>(n), field[8][l]};
+      recount_far_shifts(block, z + l, n, kLanes);
       targets.for_sparse(i, offset + first, n, [&](int64_t column, T mass) {
-        Sums<T>::add_sparse(block, mass, z[column * kLanes + l] - origins[l]);
+        Sums<T>::add_sparse(block, mass, z[column * kLanes + l]);
       });
       const Partial<T> row = load_partial(partial, rows, i);
       if (is_new_maximum(argmax[i], max[l], row.max)) {

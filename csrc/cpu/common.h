@@ -81,23 +81,34 @@ struct Sums : Partial<Vectorized<T>> {
   // One entry in each lane: z is what it and its square count as, `counted` what its shift counts
   // as, and d its shift as an exponent; they differ only in lanes past the end of a row. Gives e^d.
   Vec add(Vec z, Vec counted, Vec d) {
-    const Vec e = exponential(d);
-    add_entry<Vec>(*this, z, d, e, Vec(static_cast<T>(kLogZero)));
-    this->shift_sum = this->shift_sum + counted;
+    const Vec e = exponential(d), sum_scale(static_cast<T>(kSumScale));
+    add_entry<Vec>(*this, z, d, e, Vec(static_cast<T>(kLogZero)), sum_scale);
+    this->shift_sum = at::vec::fmadd(counted, sum_scale, this->shift_sum);
     return e;
   }
 
   // Dense target mass b at that entry. A mass of 0 at an impossible entry is 0 * -inf.
-  void add_target(Vec b, Vec d, Vec e) {
+  void add_target(Vec b, Vec z, Vec origin, Vec e) {
     const Vec zero(T(0));
-    tightrope::add_target<Vec>(*this, b, Vec::blendv(d, zero, b == zero), e);
+    const Vec scaled = scaled_shift<Vec>(z, origin, Vec(static_cast<T>(kSumScale)));
+    tightrope::add_target<Vec>(*this, b, Vec::blendv(scaled, zero, b == zero), e);
   }
 
   // The same for sparse mass, in a Partial that is already reduced.
-  static void add_sparse(Partial<T>& part, T mass, T d) {
-    tightrope::add_target<T>(part, mass, d, std::exp(d));
+  static void add_sparse(Partial<T>& part, T mass, T z) {
+    const T shift = origin(part.max);
+    tightrope::add_target<T>(part, mass, scaled_shift(z, shift), std::exp(z - shift));
   }
 };
+
+// Puts the shift sum of a reduced block right where z - origin(max) may have overflowed: n logits,
+// `step` apart.
+template <class T>
+void recount_far_shifts(Partial<T>& block, const T* z, int64_t n, int64_t step) {
+  if (!is_far(block.max)) return;
+  block.shift_sum = T(0);
+  for (int64_t j = 0; j < n; ++j) block.shift_sum += scaled_shift(z[j * step], block.max);
+}
 
 // One row's statistics in a `partial` tensor [kPartialFields, rows].
 template <class T>

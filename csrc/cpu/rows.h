@@ -61,9 +61,9 @@ Partial<T> row_block_statistics(const T* z, int64_t n, T max, const T* dense) {
       d = Vec::set(lowest, d, lanes);
     }
     const Vec e = sums.add(v, counted, d);
-    if (dense != nullptr) sums.add_target(Vec::loadu(dense + j, lanes), d, e);
+    if (dense != nullptr) sums.add_target(Vec::loadu(dense + j, lanes), v, shift, e);
   }
-  return {
+  Partial<T> block{
       max,
       horizontal_sum(sums.sum_exp),
       horizontal_sum(sums.sum_exp_shift),
@@ -75,6 +75,8 @@ Partial<T> row_block_statistics(const T* z, int64_t n, T max, const T* dense) {
       horizontal_sum(sums.square_sum),
       static_cast<T>(n),
       horizontal_sum(sums.logit_sum)};
+  recount_far_shifts(block, z, n, 1);
+  return block;
 }
 
 // Merges the statistics of logits [rows, cols], row stride `stride`, into partial [kPartialFields,
@@ -95,7 +97,7 @@ void row_stats(
         const T max = load_row_block(logits + i * stride, first, n, transform, z);
         Partial<T> block = row_block_statistics(z, n, max, targets.dense_from(i, first));
         targets.for_sparse(i, offset + first, n, [&](int64_t column, T mass) {
-          Sums<T>::add_sparse(block, mass, z[column] - origin(max));
+          Sums<T>::add_sparse(block, mass, z[column]);
         });
         if (is_new_maximum(argmax[i], max, row.max)) {
           argmax[i] = offset + first + first_maximum(z, n, 1, max);

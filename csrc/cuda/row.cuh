@@ -106,7 +106,9 @@ TIGHTROPE_DEVICE void accumulate(
       if (z[i] == top || z[i] != z[i]) part.best = column + i / N * stride + i % N;
     }
   }
-  const T shift = origin(part.sums.max), log_zero = static_cast<T>(kLogZero);
+  const T shift = origin(part.sums.max);
+  const T log_zero = static_cast<T>(kLogZero), sum_scale = static_cast<T>(kSumScale);
+  T shifts = T(0);
 #pragma unroll
   for (int u = 0; u < kRuns; ++u) {
     T b[N];
@@ -115,11 +117,19 @@ TIGHTROPE_DEVICE void accumulate(
     for (int k = 0; k < N; ++k) {
       const T d = z[u * N + k] - shift;
       const T e = exponential(d);
-      add_entry(part.sums, z[u * N + k], d, e, log_zero);
-      part.sums.shift_sum += d;
-      if (dense != nullptr) add_target(part.sums, b[k], b[k] == T(0) ? T(0) : d, e);
+      add_entry(part.sums, z[u * N + k], d, e, log_zero, sum_scale);
+      shifts = fmadd(d, sum_scale, shifts);
+      if (dense != nullptr) {
+        add_target(part.sums, b[k], b[k] == T(0) ? T(0) : scaled_shift(z[u * N + k], shift), e);
+      }
     }
   }
+  if (is_far(shift)) {  // some d may have overflowed
+    shifts = T(0);
+#pragma unroll
+    for (int i = 0; i < kRuns * N; ++i) shifts += scaled_shift(z[i], shift);
+  }
+  part.sums.shift_sum += shifts;
   part.sums.count += kRuns * N;
 }
 
@@ -230,8 +240,8 @@ TIGHTROPE_DEVICE void add_sparse(
   Partial<T> target;
   for (int k = threadIdx.x; k < a.sparse(); k += kWarp) {
     if (staged.column[k] < 0) continue;
-    const T d = staged.z[k] - origin(sums.max);
-    add_target(target, sparse_mass(a, row, k), d, exponential(d));
+    const T z = staged.z[k], shift = origin(sums.max);
+    add_target(target, sparse_mass(a, row, k), scaled_shift(z, shift), exponential(z - shift));
   }
   if (a.sparse() > 1) {
     target.target_shift = warp_sum(target.target_shift);

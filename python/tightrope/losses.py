@@ -50,7 +50,8 @@ class RealityCreativity(Arguments):
         reality, creativity = self.terms(stats, target_square)
         loss = (1.0 - balance) * reality + balance * creativity
         if self.z_loss:
-            loss = loss + self.z_loss * stats.lse.square()
+            # In this order: the square of a large lse overflows.
+            loss = loss + self.z_loss * stats.lse * stats.lse
         if self.logit_l2:
             loss = loss + 0.5 * self.logit_l2 * stats.logit_square_sum
         return loss

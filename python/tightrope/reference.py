@@ -71,10 +71,13 @@ def row_stats(z, b=None) -> ReferenceStats:
     """All statistics of logits ``z`` (..., V) against targets ``b`` (..., V). A zero times log 0 is 0."""
     log_p = torch.log_softmax(z, -1)
     p = log_p.exp()
+    # The gradient of logsumexp is e^(z - lse), which loses log V where z is large: so it is taken near 0.
+    top = z.detach().amax(-1, keepdim=True)
+    top = top.masked_fill(~top.isfinite(), 0.0)
     p_log_p = torch.where(p == 0, 0.0, p * log_p.masked_fill(p == 0, 0.0))
     inner = None if b is None else lambda x: torch.where(b == 0, 0.0, b * x.masked_fill(b == 0, 0.0)).sum(-1)
     return ReferenceStats(
-        lse=torch.logsumexp(z, -1),
+        lse=top.squeeze(-1) + torch.logsumexp(z - top, -1),
         entropy=-p_log_p.sum(-1),
         collision=p.square().sum(-1),
         target_logit=inner and inner(z),

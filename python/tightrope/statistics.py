@@ -28,6 +28,12 @@ PARTIAL = (
     "count",
     "logit_sum",
 )
+# e^x is 0 in every dtype long before x reaches this.
+LOG_ZERO = -1e4
+# Logits may be as large as their dtype allows (a mask of its lowest number, say). A difference of two, or a
+# sum over the vocabulary, then overflows where the mean, which is what is wanted of it, does not: so
+# target_shift, shift_sum and logit_sum are kept times this. A power of two changes no bit of other sums.
+SUM_SCALE = 2.0**-32
 # Rows of the `summary` tensors. The first two are kept apart, and not added to an lse, so that
 # z - max - log_sum keeps the precision of the difference.
 SUMMARY = (
@@ -91,22 +97,29 @@ def origin(maximum: Tensor) -> Tensor:
     return maximum.masked_fill(maximum == -torch.inf, 0.0)
 
 
+def scaled_shift(z: Tensor, start: Tensor) -> Tensor:
+    """``(z - start) * SUM_SCALE``, finite for any two finite numbers. z [R, T], start [R, 1]; or [R]."""
+    return torch.add(start * -SUM_SCALE, z, alpha=SUM_SCALE)
+
+
 def merge(a: Tensor, b: Tensor) -> Tensor:
     """Partial statistics [PARTIAL, rows] of two disjoint parts of the vocabulary, as one. Associative."""
     maximum = torch.maximum(a[0], b[0])
 
     def rebase(part: Tensor) -> list[Tensor]:
         top, s0, s1, s2, target_shift, target_exp, mass, shift_sum, square_sum, count, logit_sum = part
-        shift = origin(top) - origin(maximum)
+        start, end = origin(top), origin(maximum)
+        # Clamped where e^shift is 0: with -inf, or a shift times a sum that overflows, 0 * inf is NaN.
+        shift, scaled = (start - end).clamp_min(LOG_ZERO), scaled_shift(start, end)
         scale = torch.where(s0 == 0, 0.0, shift.exp())
         return [
             scale * s0,
             scale * (s1 + shift * s0),
             scale * scale * s2,
-            target_shift + shift * mass,
+            target_shift + scaled * mass,
             scale * target_exp,
             mass,
-            shift_sum + shift * count,
+            shift_sum + scaled * count,
             square_sum,
             count,
             logit_sum,
@@ -132,11 +145,11 @@ def summarise(partial: Tensor, *, target_must_occur: bool = False) -> Tensor:
             log_sum,
             log_sum - s1 / s0,
             s2 / s0.square(),
-            target_shift + origin(top) * mass,
+            (target_shift + origin(top) * SUM_SCALE * mass) / SUM_SCALE,
             target_exp / s0,
-            target_shift - mass * log_sum,
-            shift_sum / count - log_sum,
-            logit_sum,
+            target_shift / SUM_SCALE - mass * log_sum,
+            shift_sum / count / SUM_SCALE - log_sum,
+            logit_sum / SUM_SCALE,
             square_sum,
             mass,
         ]

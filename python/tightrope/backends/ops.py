@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..arguments import Signature, TargetArguments, TileArguments, Transform
 from ..coefficients import RowCoefficients, RowUpstream, row_coefficients
-from ..statistics import empty_partial, merge, origin, summarise
+from ..statistics import LOG_ZERO, SUM_SCALE, empty_partial, merge, origin, scaled_shift, summarise
 
 _library = torch.library.Library("tightrope", "DEF")
 
@@ -62,31 +62,36 @@ def row_stats(logits, partial, argmax, offset, *arguments) -> None:
     tile = TileArguments(*arguments)
     z = _transform(logits, tile.bias, tile)
     top, best = z.max(-1)
-    d = z - origin(top).unsqueeze(-1)
+    start = origin(top).unsqueeze(-1)
+    d = z - start
     e = d.exp()
+    shift_exp = d.clamp_(min=LOG_ZERO).mul_(e).sum(-1)
+    del d  # a tile less at a time
+    scaled = scaled_shift(z, start)
+    sum_exp, square_exp = e.sum(-1), e.square().sum(-1)
     zero = torch.zeros_like(top)
     target_shift, target_exp, mass = zero, zero, zero
     sparse = _sparse_target(z, offset, tile)
     if tile.dense is not None:
-        target_shift = (tile.dense * d.masked_fill(tile.dense == 0, 0.0)).sum(-1)
+        target_shift = (tile.dense * scaled.masked_fill(tile.dense == 0, 0.0)).sum(-1)
         target_exp, mass = (tile.dense * e).sum(-1), tile.dense.sum(-1)
     elif sparse is not None:
         columns, b = sparse
-        target_shift = (b * d.gather(-1, columns).masked_fill(b == 0, 0.0)).sum(-1)
+        target_shift = (b * scaled.gather(-1, columns).masked_fill(b == 0, 0.0)).sum(-1)
         target_exp, mass = (b * e.gather(-1, columns)).sum(-1), b.sum(-1)
     part = torch.stack(
         [
             top,
-            e.sum(-1),
-            (e * d.masked_fill(e == 0, 0.0)).sum(-1),
-            e.square().sum(-1),
+            sum_exp,
+            shift_exp,
+            square_exp,
             target_shift,
             target_exp,
             mass,
-            d.sum(-1),
+            scaled.sum(-1),
             z.square().sum(-1),
             torch.full_like(top, z.shape[-1]),
-            z.sum(-1),
+            (z * SUM_SCALE).sum(-1),
         ]
     )
     better = (argmax < 0) | (top > partial[0]) | (top.isnan() & ~partial[0].isnan())
