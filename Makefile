@@ -46,7 +46,7 @@ cuda-build-check:  ## build and import the CUDA extension beside a CUDA torch, i
 	PYTHON=$(PYTHON) scripts/cuda_build_check.sh
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info python/tightrope/*.so
+	rm -rf $(VENV) build dist *.egg-info python/tightrope/*.so python/tightrope/_C_torch.txt
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .. import __version__
 from .bench.cases import DTYPES, LOSSES, SCENARIOS, choose
 from .errors import UserError
 
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train language models on a balance of reality (match the data) and creativity "
         "(keep the predictions open).",
     )
+    parser.add_argument("--version", action="version", version=f"tightrope {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     info = commands.add_parser(
