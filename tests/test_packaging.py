@@ -227,3 +227,19 @@ def test_the_links_of_the_readme_work_elsewhere(wheel):
         if link.startswith(home):
             name = link.partition("#")[0].removeprefix(f"{home}/blob/main/")
             assert (ROOT / name).is_file(), link
+
+
+def test_the_code_of_the_readme_is_found_at_its_lines():
+    """A type check of no code, which passes; errors at lines that are not the README's."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        from check_types import python_code
+    finally:
+        sys.path.pop(0)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = python_code(text)
+    compile(code, "README.md", "exec")
+    _, *lines = code.splitlines()
+    assert all(line in ("", shown) for line, shown in zip(lines, text.splitlines()[1:], strict=True))
+    assert sum(line != "" for line in lines) > 20
+    assert "pip install" not in code and "tightrope.linear_vocab_loss(" in code
