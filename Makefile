@@ -31,11 +31,12 @@ demo: $(VENV)/.built $(VENV)/.demo-data  ## fine-tune a real model in three mode
 test: $(VENV)/.built $(VENV)/.demo-data  ## run the tests
 	$(BIN)/python -m pytest tests
 
-lint: $(VENV)/.dev  ## check style and formatting
+lint: $(VENV)/.dev  ## check style, formatting, and the types that users see
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 		| xargs -r $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/python scripts/check_types.py
 
 bench: $(VENV)/.built $(VENV)/.demo-data $(VENV)/.peers  ## the loss beside its peers: time, memory, error
 	$(BIN)/tightrope bench
@@ -46,7 +47,7 @@ cuda-build-check:  ## build and import the CUDA extension beside a CUDA torch, i
 	PYTHON=$(PYTHON) scripts/cuda_build_check.sh
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info python/tightrope/*.so
+	rm -rf $(VENV) build dist *.egg-info python/tightrope/*.so python/tightrope/_C_torch.txt
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

@@ -4,6 +4,9 @@ The CPU extension is built once per instruction set, the CUDA extension where nv
 are present. ``TIGHTROPE_BUILD_EXT=0`` installs without either: the package then runs on plain PyTorch over
 the same chunks. ``TIGHTROPE_CUDA=0`` leaves the CUDA extension out, ``TIGHTROPE_CUDA=1`` insists on it, and
 ``TORCH_CUDA_ARCH_LIST`` names its architectures.
+
+A compiled extension loads with the torch minor version that it was built for and no other, so what has one
+requires that version; without extensions, and in an sdist, which compiles nothing, it is the range below.
 """
 
 import glob
@@ -14,6 +17,8 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+
+TORCH = "torch>=2.11"
 
 # at::vec compiles to scalar code, and says nothing, unless both CPU_CAPABILITY macros are set.
 INSTRUCTION_SETS = {
@@ -101,6 +106,7 @@ def cuda_extensions() -> list:
 
 def extensions() -> dict:
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         fail(
@@ -141,7 +147,40 @@ def extensions() -> dict:
             )
         )
     modules += cuda_extensions()
-    return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExtension}}
+
+    class Build(BuildExtension):
+        """Leaves beside the extensions a note of the torch that they were built for, and builds by it.
+
+        Objects of another torch look as new as the sources are, and must not be taken for this one's.
+        """
+
+        def run(self) -> None:
+            note = Path(self.build_lib, "tightrope", "_C_torch.txt")
+            if not note.exists() or note.read_text() != torch.__version__:
+                self.force = True
+                shutil.rmtree(self.build_temp, ignore_errors=True)
+            super().run()
+            note.write_text(torch.__version__)
+            if self.inplace:
+                shutil.copy(note, Path(self.get_ext_fullpath(modules[0].name)).parent)
+
+    minor = ".".join(torch.__version__.split(".")[:2])
+    return {
+        "ext_modules": modules,
+        "cmdclass": {"build_ext": Build},
+        "install_requires": [f"torch=={minor}.*"],
+    }
 
 
-setup(**(extensions() if os.environ.get("TIGHTROPE_BUILD_EXT", "1") != "0" else {}))
+def compiles() -> bool:
+    """Not where it is switched off, and not for an sdist, which is made where torch need not be installed.
+
+    ``egg_info`` is how pip and build ask, in the same places, what a build needs.
+    """
+    if os.environ.get("TIGHTROPE_BUILD_EXT", "1") == "0":
+        return False
+    words = set(sys.argv[1:])
+    return not words & {"sdist", "egg_info"} or bool(words & {"build", "build_ext", "bdist_wheel"})
+
+
+setup(**(extensions() if compiles() else {"install_requires": [TORCH]}))

@@ -2,7 +2,10 @@
 
 import csv
 import os
+import subprocess
+import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from tightrope.cli import main
 
 for package in ("matplotlib", "psutil", "rich"):
     pytest.importorskip(package)
+import psutil
+
 from tightrope.cli.bench import cases, competitors, figures, inputs, measure, process, truth
 
 TINY = cases.Case("tiny", 24, 16, 130)
@@ -220,10 +225,57 @@ def test_a_whole_run(capsys, tmp_path):
         assert row["versions"] and row["machine"] and row["date"]
     quack = [row["skipped"] for row in rows if row["competitor"] == "QuACK"]
     assert len(quack) == len(scenarios) and all("cuda" in reason for reason in quack)
-    for picture in ("floor.png", "against-V.png", "against-N.png"):
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "floor.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("against-*")), "one shape shows no growth"
+    assert "against" not in printed.splitlines()[-1]
     text = (tmp_path / "bench.md").read_text()
     assert "three bare GEMMs" in text and "QuACK: runs on cuda" in text
+
+
+def test_a_picture_is_drawn_where_it_shows_something(tmp_path):
+    """Empty axes, or a single point, for one value of a variable; and the picture of a whole sweep."""
+    from tightrope.cli.bench import report
+
+    def written(*chosen):
+        rows = [
+            asdict(case)
+            | {"competitor": "a", "loss": "l", "skipped": "", "memory_mb": 1.0, "spread": 0.0}
+            | {"loss_error": None, "hidden_grad_error": None, "weight_grad_error": None}
+            | dict.fromkeys(("ms", "gemms_ms", "x_gemms", "x_ours"), 1.0)
+            for case in chosen
+        ]
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        report.write(folder, rows, {})
+        return sorted(path.name for path in folder.glob("*.png"))
+
+    sweep = [case for case in cases.default_cases("cpu", "float32") if case.group == "against V"]
+    assert written(*sweep[:1]) == []
+    assert written(TINY, sweep[0]) == ["floor.png"]
+    assert written(*sweep) == ["against-V.png"]
+    assert written() == []
+
+
+def test_sigterm_ends_a_run_with_one_line(tmp_path):
+    """A bench that leaves its processes and says nothing where a scheduler ends it."""
+    options = ["--shape", "256,64,9000", "--competitor", "eager PyTorch", "--seconds", "1000"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "tightrope", "bench", *options, "--out", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    children = []
+    while not children or not (tmp_path / "bench.csv").exists():
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+        children = psutil.Process(running.pid).children(recursive=True)
+    running.terminate()
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 143
+    assert err == f"tightrope: terminated; written to {tmp_path} so far: bench.csv\n"
+    assert not psutil.wait_procs(children, timeout=30)[1]
 
 
 def test_a_competitor_that_fails_says_so_and_the_others_go_on(tmp_path, monkeypatch):

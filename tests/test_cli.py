@@ -1,7 +1,12 @@
 """The command: how it ends, what it prints, and a whole run on a tiny model made here."""
 
 import csv
+import errno
 import math
+import os
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +15,9 @@ import time
 import pytest
 import torch
 
+from tightrope import __version__
 from tightrope.cli import main
+from tightrope.cli.errors import UserError
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog says nothing at all of it.\n" * 120
 TRAIN_EXTRA = ("transformers", "tokenizers", "accelerate", "gguf", "matplotlib", "psutil", "rich")
@@ -104,6 +111,11 @@ def test_info_lists_versions_and_backends(capsys):
         assert word in out
 
 
+def test_version(capsys):
+    """An option that `--help` names and that fails, or a version of its own."""
+    assert run(capsys, "--version") == (0, f"tightrope {__version__}\n", "")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["info", "--help"]])
 def test_help(capsys, arguments):
     code, out, err = run(capsys, *arguments)
@@ -174,6 +186,86 @@ def test_values_that_do_not_fit_the_model_are_one_line(capsys, tiny, text, tmp_p
     assert_one_line(run(capsys, *long), "--sequence-length", "129")
 
 
+def test_a_model_without_its_tokenizer_is_one_line(capsys, tiny, text, tmp_path):
+    """The reader's advice of many lines, of which the first says nothing."""
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    result = run(capsys, *small_run(folder, text, tmp_path / "runs"))
+    assert_one_line(result, "--model", str(folder), "no tokenizer.json")
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_one_line(capsys, tiny, text, tmp_path):
+    """A tokenizer of another model: an index out of range deep in the embedding."""
+    import transformers
+
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(280)
+    model.save_pretrained(folder)
+    capsys.readouterr()
+    result = run(capsys, *small_run(folder, text, tmp_path / "runs"))
+    assert_one_line(result, "--model", str(folder), "300 tokens", "280")
+
+
+# A file that is opened there can be written to, and no byte of it has room.
+FULL = "/dev/full"
+needs_full = pytest.mark.skipif(not os.path.exists(FULL), reason=f"there is no {FULL}")
+
+
+@needs_full
+@pytest.mark.parametrize("name", ["cost.csv", "steps.csv", "samples.md", "summary.md", "tradeoff.png"])
+def test_a_full_disk_is_one_line(capsys, monkeypatch, tiny, text, tmp_path, name):
+    """A traceback after the training that is lost; two lines, of the failure and of the file's closing."""
+    from tightrope.cli import report
+
+    monkeypatch.setattr(report, "FILES", ())  # the link stays
+    (tmp_path / name).symlink_to(FULL)
+    result = run(capsys, *small_run(tiny, text, tmp_path, steps=1), "--balance", "0")
+    assert_one_line(result, "--out", name, "No space left on device")
+
+
+@pytest.mark.parametrize("place", ["tempfile.TemporaryDirectory", "torch.save"])
+def test_a_full_temporary_folder_is_one_line(capsys, monkeypatch, tiny, text, tmp_path, place):
+    """A disk that nobody named: the variable that chooses it is not obvious."""
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(place, fail)
+    result = run(capsys, *small_run(tiny, text, tmp_path))
+    assert_one_line(result, "TMPDIR", "No space left on device")
+
+
+def test_a_csv_file_on_a_full_disk_ends_with_a_whole_line(tmp_path):
+    """Half a line, which reads as a number with fewer digits."""
+    pytest.importorskip("matplotlib")
+    from tightrope.cli.report import CsvLog
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # beyond it writing fails as on a full disk
+    path = tmp_path / "steps.csv"
+    with CsvLog(path, ("step", "loss")) as log:
+        log.write((0, 1.2345678))
+        log.write((1, 1.2345678))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))
+        try:
+            with pytest.raises(UserError, match=r"^--out: .*steps\.csv"):
+                log.write((2, 1.2345678))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "step,loss\n0,1.2345678\n1,1.2345678\n"
+
+
+@needs_full
+def test_a_standard_output_without_room_is_one_line():
+    """Python's own complaint at its end, beside ours."""
+    with open(FULL, "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tightrope", "info"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (1, "tightrope: cannot print: No space left on device\n")
+
+
 def test_output_that_cannot_be_written_is_one_line(capsys, tiny, text):
     assert_one_line(run(capsys, *small_run(tiny, text, text)), "--out", str(text))
 
@@ -214,6 +306,20 @@ def test_train_writes_every_file(capsys, tiny, text, tmp_path):
         assert mode in (out / "summary.md").read_text() and mode in printed
 
 
+def test_a_mode_is_labelled_with_its_balance_once():
+    """ "balance 0.1 (balance 0.1)" in the picture."""
+    pytest.importorskip("matplotlib")
+    from tightrope.cli import _mode, report
+
+    def label(mode):
+        return report.Row(*_mode(mode), 1.0, 1.0, 1.0, 1.0, 1.0).label
+
+    assert label("0.1") == label("0.10") == "balance 0.1"
+    assert label("bold=0.1") == "bold (balance 0.1)"
+    assert label("balance high=0.1") == "balance high (balance 0.1)"
+    assert report.Row("untrained", None, 1.0, 1.0, 1.0, 1.0, None).label == "untrained"
+
+
 def test_other_terms_of_the_loss(capsys, tiny, text, tmp_path):
     arguments = small_run(tiny, text, tmp_path, reality="squared_error", creativity="collision")
     code, _, err = run(capsys, *arguments, "--balance", "0")
@@ -237,7 +343,9 @@ def test_same_seed_gives_the_same_numbers(capsys, tiny, text, tmp_path):
     assert numbers("other", 2) != first
 
 
-def test_ctrl_c_leaves_what_was_written(tiny, text, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_leave_what_was_written(tiny, text, tmp_path, number, code):
+    """A traceback; a silent end; a line that names files that are not there."""
     arguments = [str(a) for a in small_run(tiny, text, tmp_path, steps=1_000_000)]
     # A parent that ignores SIGINT, as shells make of background jobs, hands that down; undo it.
     program = (
@@ -255,10 +363,13 @@ def test_ctrl_c_leaves_what_was_written(tiny, text, tmp_path):
     while not (log.exists() and log.read_text().count("\n") > 5):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.count("\n") == 1 and str(tmp_path) in err
+    assert process.returncode == code
+    assert re.fullmatch(r"tightrope: (interrupted|terminated); written to (.*) so far: (.*)\n", err), err
+    assert str(tmp_path) in err
+    files = err.strip().split(": ")[-1].split(", ")
+    assert sorted(files) == sorted(path.name for path in tmp_path.iterdir()) and "steps.csv" in files
     assert log.read_text().endswith("\n")
     rows = read_csv(log)
     assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -17,23 +18,34 @@ from . import ops
 _EXTENSIONS = {"DEFAULT": "_C_base", "AVX2": "_C_avx2", "AVX512": "_C_avx512"}
 
 
+def _import_extension(name: str) -> tuple[ModuleType | None, str]:
+    """An extension, or None and why. One of another minor version of torch may load, and crash later."""
+    spec = importlib.util.find_spec(f"tightrope.{name}")
+    if spec is None or spec.origin is None:
+        return None, "not built"
+    note = Path(spec.origin).with_name("_C_torch.txt")  # setup.py leaves it
+    built = note.read_text() if note.is_file() else torch.__version__
+    if built.split(".")[:2] != torch.__version__.split(".")[:2]:
+        return None, f"{name} was built for torch {built}, this is {torch.__version__}: build tightrope again"
+    try:
+        return importlib.import_module(f"tightrope.{name}"), ""
+    except ImportError as error:
+        return None, f"{name} does not load: {error}"
+
+
 def _load_extension() -> tuple[ModuleType | None, str]:
     """The CPU extension for the best instruction set that this CPU has and that was built; and why."""
     if os.environ.get("TIGHTROPE_DISABLE_EXT") == "1":
         return None, "switched off by TIGHTROPE_DISABLE_EXT=1"
     capability = torch.backends.cpu.get_cpu_capability()
     name = _EXTENSIONS.get(capability, "_C_base")
-    reason = "not built"
+    reasons = []
     for candidate in dict.fromkeys((name, "_C_base")):
-        try:
-            module = importlib.import_module(f"tightrope.{candidate}")
-        except ModuleNotFoundError:
-            continue
-        except ImportError as error:  # built for another torch, say
-            reason = f"{candidate} does not load: {error}"
-            continue
-        return module, f"{candidate}, {module.lanes} float32 lanes"
-    return None, reason
+        module, reason = _import_extension(candidate)
+        if module is not None:
+            return module, f"{candidate}, {module.lanes} float32 lanes"
+        reasons.append(reason)
+    return None, next((reason for reason in reasons if reason != "not built"), "not built")
 
 
 _extension, _extension_detail = _load_extension()
@@ -45,13 +57,8 @@ def _load_cuda_extension() -> tuple[ModuleType | None, str]:
         return None, "switched off by TIGHTROPE_DISABLE_EXT=1"
     if torch.version.cuda is None:
         return None, "this torch is not a CUDA build"
-    try:
-        module = importlib.import_module("tightrope._C_cuda")
-    except ModuleNotFoundError:
-        return None, "not built"
-    except ImportError as error:  # built for another torch, say
-        return None, f"_C_cuda does not load: {error}"
-    return module, f"_C_cuda, for {module.architectures}"
+    module, reason = _import_extension("_C_cuda")
+    return module, reason if module is None else f"_C_cuda, for {module.architectures}"
 
 
 _cuda_extension, _cuda_extension_detail = _load_cuda_extension()

@@ -1,19 +1,26 @@
 """The ``tightrope`` command.
 
 This file knows the options and how a command ends: 0, 2 with one line on stderr for what a person can
-put right, or 130 after Ctrl-C. The work is in the other files, one role each, which are imported when
-they are needed so that ``--help`` and ``info`` stay quick and run without the ``train`` extra.
+put right, 1 where it cannot print, 130 after Ctrl-C, or 143 after SIGTERM. The work is in the other files,
+one role each, which are imported when they are needed so that ``--help`` and ``info`` stay quick and run
+without the ``train`` extra.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import math
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from .. import __version__
 from .bench.cases import DTYPES, LOSSES, SCENARIOS, choose
 from .errors import UserError
 
@@ -53,7 +60,8 @@ def _mode(text: str) -> tuple[str, float]:
     name, equals, value = text.rpartition("=")
     if equals and not name.strip():
         raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=VALUE or VALUE")
-    return name.strip() or f"balance {value}", _share(value)
+    balance = _share(value)
+    return name.strip() or f"balance {balance:g}", balance
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train language models on a balance of reality (match the data) and creativity "
         "(keep the predictions open).",
     )
+    parser.add_argument("--version", action="version", version=f"tightrope {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     info = commands.add_parser(
@@ -145,8 +154,9 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         "float64. Without options: five scenarios, shapes from many rows with a small vocabulary to one row "
         "with a huge one, and how time and memory grow with N and V.",
         epilog="Written to the output folder: bench.csv, every figure with machine, versions and commit; "
-        "bench.md, the tables; floor.png, against-V.png and against-N.png. Files of these names are "
-        "replaced. benchmarks/README.md says what the columns mean. Ctrl-C leaves what was written.",
+        "bench.md, the tables; floor.png, and against-V.png and against-N.png where V or N has several "
+        "values. Files of these names are replaced. benchmarks/README.md says what the columns mean. "
+        "Ctrl-C leaves what was written.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
     )
     bench.add_argument(
@@ -243,16 +253,51 @@ def _need(command: str, packages: Sequence[str]) -> None:
         )
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: it ends a command as Ctrl-C does, so that files are closed and no process is left over."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Raises _Terminated at SIGTERM, unless someone else has decided what that does."""
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line ``arguments`` (default: the process's) and returns the exit code."""
     args = _parser().parse_args(arguments)
     try:
-        args.run(args)
+        with _terminable():
+            args.run(args)
+            sys.stdout.flush()
     except UserError as error:
-        print(f"tightrope: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        place = f"; what was written is in {args.out}" if "out" in args else ""
-        print(f"tightrope: interrupted{place}", file=sys.stderr)
-        return 130
+        return _ended(2, str(error))
+    except KeyboardInterrupt as stop:
+        word, number = ("terminated", 15) if isinstance(stop, _Terminated) else ("interrupted", 2)
+        said = [*stop.args] or ["nothing was written"] * ("out" in args)
+        return _ended(128 + number, "; ".join([word, *said]))
+    except OSError as error:
+        # Files are written by what names their option; left is what was printed.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
+            raise
+        # Python writes what is left once more at its end, and would complain of that.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _ended(1, f"cannot print: {error.strerror}")
     return 0
+
+
+def _ended(code: int, message: str) -> int:
+    print(f"tightrope: {message}", file=sys.stderr)
+    return code

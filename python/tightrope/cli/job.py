@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from . import data, model, probe, report, sample
+from . import data, model, output, probe, report, sample
 from .train import Batches, Step, evaluate, train
 
 
@@ -43,7 +43,12 @@ class Options:
 def run(options: Options) -> None:
     console = Console(highlight=False, markup=False)
     text = data.read_text(options.text)
-    report.open_folder(options.out)
+    with output.opened(options.out, report.FILES):
+        _run(options, console, text)
+    console.print(f"written to {options.out}: {output.written(options.out, report.FILES)}")
+
+
+def _run(options: Options, console: Console, text: str) -> None:
     with _phase(console, "loading the model"):
         network, tokenizer = model.load(options.model)
         tail = model.Tail(network, options.blocks)
@@ -69,7 +74,6 @@ def run(options: Options) -> None:
     rows = _train_modes(console, options, network, tokenizer, tail, training, held_out)
     for table in report.write_summary(options.out, rows, costs, len(target)):
         console.print(table)
-    console.print(f"written to {options.out}: {', '.join(report.FILES)}")
 
 
 def _freeze(console: Console, tail: model.Tail, windows: Tensor, batch_size: int, name: str) -> Batches:

@@ -48,15 +48,25 @@ def load(folder: Path | None):
                 f"--model: {folder} has no config.json and {len(files)} .gguf files, expected one"
             )
         source = {"gguf_file": files[0].name}
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # bars of the GGUF reader that no setting hides
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **source)
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"--model: cannot load {folder}: {reason[0]}") from error
+    tokenizer = _loaded("tokenizer", transformers.AutoTokenizer, folder, **source)
+    model = _loaded("model", transformers.AutoModelForCausalLM, folder, dtype=torch.float32, **source)
+    ids, vocabulary = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0]
+    if ids > vocabulary:
+        raise UserError(f"--model: the tokenizer of {folder} has {ids} tokens, the model only {vocabulary}")
     # Evaluation mode also while training: dropout would hide what the balance changes.
     return model.eval(), tokenizer
+
+
+def _loaded(part: str, kind: type, folder: Path, **options: object):
+    """The tokenizer or the model of a folder."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # bars of the GGUF reader that no setting hides
+            return kind.from_pretrained(folder, **options)
+    except Exception as error:  # of several readers, which raise what they like
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if part == "tokenizer" and not options and not (folder / "tokenizer.json").is_file():
+            reason = "it has no tokenizer.json, and nothing else that makes one"
+        raise UserError(f"--model: cannot load the {part} of {folder}: {reason}") from error
 
 
 class Tail(nn.Module):

@@ -12,11 +12,9 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -24,6 +22,8 @@ import torch
 from torch import Tensor
 
 import tightrope
+
+from .output import scratch, writing
 
 TOKENS = 1024
 ROUNDS = 3
@@ -47,9 +47,10 @@ def rows(weight: Tensor) -> int:
 
 def measure(hidden: Tensor, weight: Tensor, target: Tensor, balance: float) -> list[Cost]:
     """The costs of Tightrope and of eager PyTorch for hidden [N, D], weight [V, D], target [N]."""
-    with tempfile.TemporaryDirectory() as folder:
-        step = Path(folder, "step.pt")
-        torch.save({"hidden": hidden, "weight": weight, "target": target, "balance": balance}, step)
+    with scratch() as folder:
+        step = folder / "step.pt"
+        with writing(folder, "TMPDIR"), step.open("wb") as file:
+            torch.save({"hidden": hidden, "weight": weight, "target": target, "balance": balance}, file)
         # A new session, so that Ctrl-C reaches only this process; run() then ends the other.
         done = subprocess.run(
             [sys.executable, "-m", "tightrope.cli.probe", str(step)],

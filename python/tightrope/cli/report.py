@@ -6,7 +6,9 @@ Lines are flushed as they are written, so that a run that is cut short leaves fi
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -14,7 +16,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from .errors import UserError
+from .output import cannot_write, writing
 from .probe import Cost
 from .sample import NEW_TOKENS, PROMPTS, SAMPLES
 
@@ -32,28 +34,35 @@ class Row(NamedTuple):
     distinct_2: float
     step_seconds: float | None
 
-
-def open_folder(folder: Path) -> None:
-    """Makes the output folder, and removes what an earlier run left there: no mix of two runs."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
+    @property
+    def label(self) -> str:
+        """The mode with its balance, said once where it has no name of its own."""
+        if self.balance is None or self.mode == f"balance {self.balance:g}":
+            return self.mode
+        return f"{self.mode} (balance {self.balance:g})"
 
 
 class CsvLog:
-    """A CSV file, each line flushed. Floats keep all their digits."""
+    """A CSV file of whole lines, each flushed. Floats keep all their digits."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        self._file: IO[str] = path.open("w", newline="", encoding="utf-8")
+        self._path = path
+        with writing(path):
+            self._file: IO[str] = path.open("w", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file)
         self.write(columns)
 
     def write(self, values: Sequence[object]) -> None:
-        self._writer.writerow(values)
-        self._file.flush()
+        end = self._file.tell()
+        try:
+            self._writer.writerow(values)
+            self._file.flush()
+        except OSError as error:
+            with suppress(OSError):  # it tries once more
+                self._file.close()
+            with suppress(OSError):
+                os.truncate(self._path, end)
+            raise cannot_write("--out", self._path, error) from None
 
     def __enter__(self) -> CsvLog:
         return self
@@ -70,7 +79,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object
 
 def append_samples(path: Path, mode: str, texts: Sequence[str]) -> None:
     """Adds the continuations of one mode, `SAMPLES` of each prompt in order."""
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         if file.tell() == 0:
             file.write(
                 f"# Sampled continuations\n\nTemperature 1, nothing cut off, {NEW_TOKENS} tokens each.\n"
@@ -108,7 +117,8 @@ def write_summary(folder: Path, rows: Sequence[Row], costs: Sequence[Cost], toke
     text = "# Reality against creativity\n"
     for title, lines in tables.items():
         text += f"\n## {title}\n\n{markdown_table(lines)}\n"
-    (folder / "summary.md").write_text(text, encoding="utf-8")
+    with writing(folder / "summary.md"):
+        (folder / "summary.md").write_text(text, encoding="utf-8")
     draw_tradeoff(folder / "tradeoff.png", rows)
     return [rich_table(lines, title) for title, lines in tables.items()]
 
@@ -145,7 +155,7 @@ def draw_tradeoff(path: Path, rows: Sequence[Row]) -> None:
         trained = row.balance is not None
         axes.plot(row.entropy, row.cross_entropy, "o" if trained else "s", markersize=9)
         axes.annotate(
-            f"{row.mode} (balance {row.balance:g})" if trained else row.mode,
+            row.label,
             (row.entropy, row.cross_entropy),
             textcoords="offset points",
             xytext=(0, 10),
@@ -159,4 +169,5 @@ def draw_tradeoff(path: Path, rows: Sequence[Row]) -> None:
     axes.set_ylabel("reality: held-out cross-entropy (nats), truer below")
     axes.set_title("Reality against creativity")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        figure.savefig(path, dpi=120)

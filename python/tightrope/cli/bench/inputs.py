@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..output import writing
 from .cases import DTYPES, IGNORED_SHARE, REAL_ROWS, TEACHER_ENTRIES, Case
 
 IGNORE_INDEX = -100
@@ -109,8 +110,13 @@ def real_inputs() -> Path:
         "weight": network.get_output_embeddings().weight.detach().clone(),
         "target": windows[:, 1:].flatten().contiguous(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")  # a run that is cut short leaves no broken file
-    torch.save(stored, partial)
-    partial.replace(path)
+    with writing(path.parent, "XDG_CACHE_HOME"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                torch.save(stored, file)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     return path

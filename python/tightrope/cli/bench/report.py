@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ..errors import UserError
+from ..output import writing
 from ..report import markdown_table, rich_table
 
 COLUMNS = [
@@ -47,18 +47,8 @@ FILES = ("bench.csv", "bench.md", *PICTURES)
 HEADER = ["", "ms", "spread", "x GEMMs", "x ours", "MB", "loss error", "dh error", "dW error"]
 
 
-def open_folder(folder: Path) -> None:
-    """Makes the output folder, and removes what an earlier run left there: no mix of two runs."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
-
-
 def write(folder: Path, rows: Sequence[dict], machine: dict[str, str]) -> list[Table]:
-    """Writes bench.md and the pictures, and returns the tables to print."""
+    """Writes bench.md and those pictures that show something, and returns the tables to print."""
     tables = {title: _lines(part) for title, part in _by_case(rows).items()}
     where = "; ".join(f"{key}: {value}" for key, value in machine.items() if value)
     text = f"# The loss beside its peers\n\n{where}\n"
@@ -67,11 +57,13 @@ def write(folder: Path, rows: Sequence[dict], machine: dict[str, str]) -> list[T
     skipped = _skipped(rows)
     if skipped:
         text += "\n## Not run\n\n" + "\n".join(f"- {line}" for line in skipped) + "\n"
-    (folder / "bench.md").write_text(text, encoding="utf-8")
-    _draw_floor(folder / "floor.png", rows)
+    with writing(folder / "bench.md"):
+        (folder / "bench.md").write_text(text, encoding="utf-8")
     for name, axis in PICTURES.items():
-        if axis:
-            _draw_sweep(folder / name, rows, axis)
+        figure = _sweep(rows, axis) if axis else _floor(rows)
+        if figure is not None:
+            with writing(folder / name):
+                figure.savefig(folder / name, dpi=120)
     return [rich_table(lines, title) for title, lines in tables.items()]
 
 
@@ -132,16 +124,18 @@ def _skipped(rows: Sequence[dict]) -> list[str]:
     ]
 
 
-def _draw_floor(path: Path, rows: Sequence[dict]) -> None:
-    """Time as a multiple of the three bare GEMMs: one group of bars a case."""
+def _floor(rows: Sequence[dict]) -> Figure | None:
+    """Time as a multiple of the three bare GEMMs: one group of bars a case; None where there is no case."""
     rows = [row for row in _ran(rows) if not row["group"].startswith("against")]
+    if not rows:
+        return None
     cases = list(
         dict.fromkeys(row["name"] or f"{row['rows']} x {row['dim']} x {row['vocab']}" for row in rows)
     )
     names = list(dict.fromkeys(row["competitor"] for row in rows))
     figure = Figure(figsize=(max(7, 1.3 * len(cases) + 3), 5), layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / max(len(names), 1)
+    width = 0.8 / len(names)
     for index, name in enumerate(names):
         points = {
             row["name"] or f"{row['rows']} x {row['dim']} x {row['vocab']}": row["x_gemms"]
@@ -156,13 +150,15 @@ def _draw_floor(path: Path, rows: Sequence[dict]) -> None:
     axes.set_ylabel("time, as a multiple of the three bare GEMMs")
     axes.grid(axis="y", which="both", alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def _draw_sweep(path: Path, rows: Sequence[dict], axis: str) -> None:
-    """Time, memory and the multiple of the floor against one size, the others fixed."""
+def _sweep(rows: Sequence[dict], axis: str) -> Figure | None:
+    """Time, memory and the multiple of the floor against one size, the others fixed; None for one value."""
     group = {"vocab": "against V", "rows": "against N"}[axis]
     rows = [row for row in _ran(rows) if row["group"] == group]
+    if len({row[axis] for row in rows}) < 2:
+        return None
     figure = Figure(figsize=(13, 4), layout="constrained")
     panels = figure.subplots(1, 3)
     names = list(dict.fromkeys(row["competitor"] for row in rows))
@@ -181,7 +177,7 @@ def _draw_sweep(path: Path, rows: Sequence[dict], axis: str) -> None:
                 label=name,
                 color=_colour(index),
             )
-        if column == "ms" and rows:
+        if column == "ms":
             floor = {row[axis]: row["gemms_ms"] for row in rows}
             panel.plot(sorted(floor), [floor[x] for x in sorted(floor)], "k--", label="three bare GEMMs")
         panel.set_xscale("log", base=2)
@@ -190,12 +186,11 @@ def _draw_sweep(path: Path, rows: Sequence[dict], axis: str) -> None:
         panel.set_xlabel({"vocab": "V", "rows": "N"}[axis])
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
-    if rows:
-        panels[0].legend(fontsize="small")
-        fixed = {"vocab": "rows", "rows": "vocab"}[axis]
-        letter = {"rows": "N", "vocab": "V"}[fixed]
-        figure.suptitle(f"{letter} {rows[0][fixed]}, D {rows[0]['dim']}, {rows[0]['dtype']}")
-    figure.savefig(path, dpi=120)
+    panels[0].legend(fontsize="small")
+    fixed = {"vocab": "rows", "rows": "vocab"}[axis]
+    letter = {"rows": "N", "vocab": "V"}[fixed]
+    figure.suptitle(f"{letter} {rows[0][fixed]}, D {rows[0]['dim']}, {rows[0]['dtype']}")
+    return figure
 
 
 def _colour(index: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .. import output
 from ..errors import UserError
 from ..report import CsvLog
 from . import process, report
@@ -46,18 +46,23 @@ def run(options: Options) -> None:
     if any(case.inputs == "real" for case in options.cases) and not cache_file().is_file():
         with console.status("running SmolLM2 on real text, once"):
             real_inputs()
-    report.open_folder(options.out)
+    with output.opened(options.out, report.FILES):
+        _run(options, console, loss, competitors)
+    console.print(f"written to {options.out}: {output.written(options.out, report.FILES)}")
+
+
+def _run(options: Options, console: Console, loss: Loss, competitors: list[Competitor]) -> None:
     rows = []
     with (
         CsvLog(options.out / "bench.csv", report.COLUMNS) as log,
-        tempfile.TemporaryDirectory() as scratch,
+        output.scratch() as scratch,
         _progress(console) as progress,
     ):
         machine = describe(competitors)
         task = progress.add_task(
             "", total=sum(case.group in c.groups for case in options.cases for c in competitors)
         )
-        truths = Path(scratch, "truths.pt")
+        truths = scratch / "truths.pt"
         for case in options.cases:
             for competitor, row in _measured(case, loss, competitors, options.budget, truths):
                 progress.update(task, description=f"{case.name or case.shape}: {competitor}", advance=1)
@@ -65,7 +70,6 @@ def run(options: Options) -> None:
                 rows.append(row)
     for table in report.write(options.out, rows, machine):
         console.print(table)
-    console.print(f"written to {options.out}: {', '.join(report.FILES)}")
 
 
 def _chosen(wanted: list[str]) -> list[Competitor]:

@@ -77,7 +77,9 @@ def truths(step: Step, losses: Sequence[Loss]) -> dict[str, dict]:
 
 
 def write_truths(case: Case, losses: Sequence[Loss], path: Path) -> None:
-    torch.save(truths(make_step(case), losses), path)
+    found = truths(make_step(case), losses)
+    with path.open("wb") as file:  # of a full disk Python's own error tells; PyTorch's does not
+        torch.save(found, file)
 
 
 def sample(step: Step) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,8 @@
+"""The names that the README's code takes as given."""
+
+from torch import Tensor
+
+advantage: Tensor
+balance_logit: Tensor
+teacher_indices: Tensor
+teacher_probs: Tensor
