@@ -116,7 +116,7 @@ def _plan(problem: LinearProblem, workspace: int, fusible: bool) -> tuple[list[t
 def _fused(problem, upstream, ahead, chunk, logits, hidden, result) -> Iterable[Tensor]:
     """Fill logits [n, V], record statistics and loss; gives the gradients of each tile."""
     for tile in problem.tiles(chunk.size):
-        multiply(hidden, problem.head(*tile).t(), logits[:, tile[0] : tile[1]])
+        multiply(hidden, problem.head(*tile).t(), logits[:, tile[0] : tile[1]], rows="m")
     partial, argmax = problem.new_partial(chunk.size)
     gradient = problem.row_loss_grad(logits, partial, argmax, ahead, chunk)
     _record(problem, upstream, chunk, partial, argmax, result)
@@ -173,10 +173,10 @@ def _backward(problem, chunk, grads, undo, hidden, result) -> None:
         hidden_grad = result.input[chunk.where] if in_place else torch.empty_like(hidden, dtype=problem.dtype)
     for tile, grad in zip(problem.tiles(chunk.size), grads):
         if result.input is not None:
-            multiply(grad, problem.head(*tile), hidden_grad, accumulate=tile[0] > 0)
+            multiply(grad, problem.head(*tile), hidden_grad, rows="m", accumulate=tile[0] > 0)
         if result.weight is not None:
             part = result.weight[tile[0] : tile[1]]
-            multiply(grad.t(), hidden, part, accumulate=not first, scale=undo)
+            multiply(grad.t(), hidden, part, rows="k", accumulate=not first, scale=undo)
         if result.bias is not None:
             bias_grad = grad.sum(0, dtype=problem.dtype)
             result.bias[tile[0] : tile[1]] += bias_grad if undo is None else bias_grad * undo
