@@ -162,7 +162,7 @@ def _fused(
     """Summary and argmax of a chunk and the gradients of each tile, by way of logits [n, V]."""
     tiles = problem.tiles(chunk.size)
     for tile in tiles:
-        multiply(hidden, problem.head(*tile).t(), logits[:, tile[0] : tile[1]])
+        multiply(hidden, problem.head(*tile).t(), logits[:, tile[0] : tile[1]], rows="m")
     partial, argmax = problem.new_partial(chunk.size)
     gradient = problem.row_loss_grad(logits, partial, argmax, ahead, chunk)
     return problem.summarise(partial, chunk), argmax, (gradient[:, start:stop] for start, stop in tiles)
@@ -219,9 +219,10 @@ def _multiply(
         hidden_grad = to_input[chunk.where] if in_place else torch.empty_like(hidden, dtype=problem.dtype)
     for tile, grad in zip(problem.tiles(chunk.size), grads):
         if to_input is not None:
-            multiply(grad, problem.head(*tile), hidden_grad, accumulate=tile[0] > 0)
+            multiply(grad, problem.head(*tile), hidden_grad, rows="m", accumulate=tile[0] > 0)
         if to_weight is not None:
-            multiply(grad.t(), hidden, to_weight[tile[0] : tile[1]], accumulate=not first, scale=undo)
+            part = to_weight[tile[0] : tile[1]]
+            multiply(grad.t(), hidden, part, rows="k", accumulate=not first, scale=undo)
         if to_bias is not None:
             bias_grad = grad.sum(0, dtype=problem.dtype)
             to_bias[tile[0] : tile[1]] += bias_grad if undo is None else bias_grad * undo

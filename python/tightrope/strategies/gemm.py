@@ -2,7 +2,8 @@
 
 PyTorch multiplies float32 matrices on an x86 CPU with MKL, which on AMD processors with AVX512 stays with its
 AVX2 kernels: 205 GFLOP/s on two cores where oneDNN, which PyTorch ships too, reaches 480. There the product
-goes through oneDNN. It computes in float32 as well and gives the same bits each time.
+goes through oneDNN. It computes in float32 as well and gives the same bits each time. But for each shape that
+it meets it keeps 0.6 MiB, so it is shown few: rows are cut, and filled up with zeros, to one of 22 sizes.
 
 On CUDA products of bfloat16 and float16 matrices go to float32 as they are; on other devices a GEMM rounds
 its result to the operands' dtype, so there they are converted first.
@@ -12,38 +13,88 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .plan import spans
+from .plan import ROW_MULTIPLE, power_below, spans
 
 # Elements of a oneDNN product, which has no form that writes to a given output: so that what is copied out of
 # it is still in cache, and its memory is not fresh from the system each time.
 _PRODUCT = 2**20
+# Rows that go to oneDNN at a time; and what they are a multiple of, up to so many.
+_MOST_ROWS = 512
+_ROW_STEPS = ((1, 1), (4, 4), (128, 16), (_MOST_ROWS, 32))
 
 
 def multiply(
-    a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, scale: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    rows: Literal["m", "k", "n"],
+    accumulate: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """``out = a @ b``, or ``out += a @ b``, for a [m, k], b [k, n], out [m, n]; out is not read otherwise.
 
     a and b have the dtype of out, or a narrower one. scale (0-dimensional) multiplies the product.
+    rows: which size counts rows of a batch, and so may be another in each call.
     """
     if scale is not None:
-        return _put(multiply(a, b, torch.empty_like(out)).mul_(scale), out, accumulate)
+        return _put(multiply(a, b, torch.empty_like(out), rows=rows).mul_(scale), out, accumulate)
     if a.dtype != out.dtype:
         if widens(a.device, a.dtype):
             return torch.addmm(out, a, b, beta=int(accumulate), out_dtype=out.dtype, out=out)
         a, b = a.to(out.dtype), b.to(out.dtype)
     if a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and b.numel() and _prefers_onednn():
-        for start, stop in spans(a.shape[0], max(_PRODUCT // b.shape[1], 1)):
-            # What torch.compile calls for a linear layer: x [m, k] and weight [n, k] -> x @ weight.T.
-            product = torch.ops.mkldnn._linear_pointwise(a[start:stop], b.t(), None, "none", [], "")
-            _put(product, out[start:stop], accumulate)
+        _by_onednn(a, b, out, accumulate, rows)
         return out
     # With beta = 0 a GEMM overwrites its output without reading it.
     return torch.addmm(out, a, b, beta=int(accumulate), out=out)
+
+
+def _by_onednn(a: Tensor, b: Tensor, out: Tensor, accumulate: bool, rows: str) -> None:
+    count = {"m": a.shape[0], "k": b.shape[0], "n": b.shape[1]}[rows]
+    most = min(_MOST_ROWS, _most_m(b.shape[1])) if rows == "m" else _MOST_ROWS
+    for start, stop in spans(count, most, ROW_MULTIPLE):
+        part = slice(start, stop)
+        if rows == "m":
+            _linear(_padded(a[part], 0), b.t(), out[part], accumulate)
+        elif rows == "n":
+            _linear(a, _padded(b.t()[part], 0), out[:, part], accumulate)
+        else:
+            _linear(_padded(a[:, part], 1), _padded(b[part], 0).t(), out, accumulate or start > 0)
+
+
+def _linear(x: Tensor, weight: Tensor, out: Tensor, accumulate: bool) -> None:
+    """x [m, k] times the transpose of weight [n, k]; what out has no place for is dropped."""
+    most = _most_m(weight.shape[0])
+    for start, stop in spans(x.shape[0], most, most):
+        # What torch.compile calls for a linear layer.
+        product = torch.ops.mkldnn._linear_pointwise(x[start:stop], weight, None, "none", [], "")
+        place = out[start:stop]
+        _put(product[: place.shape[0], : place.shape[1]], place, accumulate)
+
+
+def _most_m(n: int) -> int:
+    """The most rows of a oneDNN product [m, n]."""
+    return power_below(max(_PRODUCT // n, 1))
+
+
+def _padded(x: Tensor, dim: int) -> Tensor:
+    """x with zeros after the rows that lie along dim, up to the next size that oneDNN is shown."""
+    rows = x.shape[dim]
+    extra = -rows % next(step for most, step in _ROW_STEPS if rows <= most)
+    if extra == 0:
+        return x
+    shape = list(x.shape)
+    shape[dim] += extra
+    padded = x.new_empty(shape)
+    padded.narrow(dim, 0, rows).copy_(x)
+    padded.narrow(dim, rows, extra).zero_()
+    return padded
 
 
 def widens(device: torch.device, dtype: torch.dtype) -> bool:

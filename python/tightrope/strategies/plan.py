@@ -66,11 +66,17 @@ def sizes(device: torch.device) -> Sizes:
 def tile_width(rows: int, device: torch.device, converted: int = 0) -> int:
     """Entries of the vocabulary in a tile. With few rows the cost of a tile is that of starting on it.
 
+    A power of two, so that there are few: oneDNN keeps memory for each (`gemm`).
     converted: D, where the tile of the head is converted, and its gradient rounded, which takes memory.
     """
     own = sizes(device)
     widest = min(own.widest_tile, own.tile_head // converted) if converted else own.widest_tile
-    return max(own.tile, min(own.tile_logits // max(rows, 1), widest))
+    return max(own.tile, power_below(min(own.tile_logits // max(rows, 1), widest)))
+
+
+def power_below(x: int) -> int:
+    """The largest power of two that is not above x; 0 for 0."""
+    return 1 << x.bit_length() >> 1
 
 
 def workspace_bytes(workspace_mb: float | None, device: torch.device) -> int:
@@ -79,8 +85,8 @@ def workspace_bytes(workspace_mb: float | None, device: torch.device) -> int:
 
 def spans(total: int, most: int, multiple: int = 1) -> list[tuple[int, int]]:
     """Cut ``range(total)`` into the fewest, even spans of at most ``most``, in a multiple where it fits."""
-    if total == 0:
-        return []
+    if total <= most:
+        return [(0, total)] if total else []
     most = max(most - most % multiple, 1) if most >= multiple else max(most, 1)
     even = -(-total // -(-total // most))
     size = min(-(-even // multiple) * multiple, most)

@@ -160,9 +160,9 @@ class LinearProblem(_Scored):
         """``hidden @ head.T`` [n, T], in its place in flat memory."""
         raw = self.place(memory, hidden.shape[0], head.shape[0])
         if self.device.type == "cpu":
-            multiply(head, hidden.t(), raw.t())
+            multiply(head, hidden.t(), raw.t(), rows="n")
         else:
-            multiply(hidden, head.t(), raw)
+            multiply(hidden, head.t(), raw, rows="m")
         return raw
 
     def row_stats(

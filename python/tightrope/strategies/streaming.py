@@ -116,9 +116,9 @@ def gradients(
                 hidden = kept[i] if kept else problem.hidden(chunk)
                 grad = _gradient(problem, hidden, head, flat, norms[i], coefs[i], chunk, tile)
                 if hidden_sum is not None:
-                    multiply(grad, head, hidden_sum[start:stop], accumulate=tile[0] > 0)
+                    multiply(grad, head, hidden_sum[start:stop], rows="m", accumulate=tile[0] > 0)
                 if weight_sum is not None:
-                    multiply(grad.t(), hidden, weight_sum, accumulate=i > 0)
+                    multiply(grad.t(), hidden, weight_sum, rows="k", accumulate=i > 0)
                 if needs.bias_grad:
                     bias_sum += grad.sum(0, dtype=dtype)
             if undo is not None:

@@ -35,8 +35,8 @@ def borrow(elements: int, dtype: torch.dtype, device: torch.device) -> Iterator[
         buffer = None
     if buffer is None or buffer.numel() < size:
         buffer = None  # free the smaller one first
-        torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
-        buffer = torch.empty(size, dtype=torch.uint8)
+        torch.empty(_LARGEST_KEPT, dtype=torch.uint8, device=device)
+        buffer = torch.empty(size, dtype=torch.uint8, device=device)
     try:
         yield buffer[:size].view(dtype)
     finally:
