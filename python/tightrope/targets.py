@@ -127,11 +127,20 @@ class DenseRows:
         else:
             if isinstance(source, slice):
                 source = torch.arange(source.start, source.stop, device=dense.device)
-            self.dense, self.at = dense, torch.unravel_index(source, dense.shape[:-1])
+            self.dense, self.at = dense, _places(source, dense.shape[:-1])
 
     def tile(self, start: int, stop: int) -> Tensor:
         """Entries ``start:stop`` of the vocabulary, [rows, stop - start]; a view where it can be one."""
         return self.dense[..., start:stop][self.at]
+
+
+def _places(rows: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    """Where rows stand along each dimension (torch.unravel_index takes 30 MB the first time)."""
+    places = []
+    for size in reversed(shape):
+        places.append(rows % size)
+        rows = rows // size
+    return tuple(reversed(places))
 
 
 def _flat_view(dense: Tensor) -> Tensor | None:

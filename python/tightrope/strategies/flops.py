@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from types import ModuleType
+
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..ambient import has_values
 from . import ops
@@ -46,15 +50,44 @@ def _chunk_gradients(
     return _products(span.stop - span.start, weight, (to_input is not None) + (to_weight is not None))
 
 
-for _name, _formula in {
+_FORMULAS = {
     "linear_stats": _linear_stats,
     "linear_stats_backward": _linear_stats_backward,
     "linear_loss": _linear_loss,
     "chunk_stats": _chunk_stats,
     "chunk_gradients": _chunk_gradients,
-}.items():
+}
 
-    def _flat(*flat, out_val=None, _signature=ops.SIGNATURES[_name], _formula=_formula, **_):
-        return _formula(*_signature.unflatten(*flat))
 
-    register_flop_formula(getattr(torch.ops.tightrope, _name), get_raw=True)(_flat)
+def _register(flop_counter: ModuleType) -> None:
+    for name, formula in _FORMULAS.items():
+
+        def flat(*arguments, out_val=None, signature=ops.SIGNATURES[name], formula=formula, **_):
+            return formula(*signature.unflatten(*arguments))
+
+        flop_counter.register_flop_formula(getattr(torch.ops.tightrope, name), get_raw=True)(flat)
+
+
+class _WhenImported(MetaPathFinder):
+    """Registers the formulas when the counter is imported, which brings all of Triton: 60 MiB."""
+
+    def find_spec(self, name, path, target=None):
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            _register(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+_COUNTER = "torch.utils.flop_counter"
+if _COUNTER in sys.modules:
+    _register(sys.modules[_COUNTER])
+else:
+    sys.meta_path.insert(0, _WhenImported())

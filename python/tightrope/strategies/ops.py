@@ -38,7 +38,8 @@ def exact_products(device: torch.device) -> Iterator[None]:
     matmul = torch.backends.mkldnn.matmul
     precision = matmul.fp32_precision if device.type == "cpu" else "ieee"
     lowered = precision not in ("ieee", "none")
-    with torch.autocast(device.type, enabled=False):
+    # What an operator is given may require grad where no autograd Function calls it: in an exported program.
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         if lowered:
             matmul.fp32_precision = "ieee"
         try:
