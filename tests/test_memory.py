@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from helpers import BACKENDS, child_environment
+from tightrope.strategies import gemm
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 pytestmark = pytest.mark.skipif(not RESET.exists(), reason="needs Linux's /proc to read peak memory")
@@ -161,3 +162,67 @@ for _ in range(3):
 print(faults * resource.getpagesize() / weight.grad.nbytes)
 """
     assert number_from_child(script) < 1.2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("reality", ["cross_entropy", "squared_error"])
+def test_a_slice_of_a_dense_target_is_not_copied(dtype, reality):
+    """teacher[:, 1:] is no run of memory; it was copied whole, which is a second N x V."""
+    code = f"""
+ROWS = 513
+teacher = torch.rand(2, ROWS, 60000, dtype=torch.{dtype})
+weight = torch.randn(60000, 16)
+def step(rows):
+    hidden = torch.randn(2, rows - 1, 16)
+    target = teacher[:, -(rows - 1):]
+    with torch.no_grad():
+        tightrope.linear_reality_creativity_loss(
+            hidden, weight, target, reality="{reality}", workspace_mb=8)
+"""
+    assert growth_in_child(code) < 80  # the target: 235 MiB, or 117
+
+
+GROWTH = """
+import random, torch, tightrope
+from pathlib import Path
+from tightrope.strategies import gemm
+torch.set_num_threads(2)
+random.seed(0)
+if {onednn}:
+    gemm._prefers_onednn = lambda: True
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+hidden, target = torch.randn({most}, {width}), torch.randint({vocab}, ({most},))
+weight = torch.randn({vocab}, {width}, requires_grad=True)
+def step(rows, how):
+    weight.grad = None
+    h, t = hidden.clone().requires_grad_(), target.clone()
+    if how == "ignored":
+        t[torch.randperm({most})[rows:]] = -100
+    else:
+        h, t = h[:rows], t[:rows]
+    if how == "own":
+        loss = tightrope.linear_vocab_loss(h, weight, t, lambda s: s.entropy - s.lse)
+    elif how == "statistics":
+        loss = tightrope.linear_vocab_stats(h, weight, t).entropy.sum()
+    else:
+        loss = tightrope.linear_reality_creativity_loss(
+            h, weight, t, balance=0.1, strategy="chunked" if how == "ignored" else how)
+    loss.backward()
+ways = ("chunked", "streaming", "ignored", "own", "statistics")
+for i in range(40):
+    step({most}, ways[i % 5])
+plateau = resident()
+for i in range({calls}):
+    step(random.randint(1, {most}), ways[i % 5])
+print(resident() - plateau)
+"""
+
+
+@pytest.mark.parametrize("onednn", [False, True], ids=["", "onednn"])
+def test_memory_does_not_grow_with_the_number_of_shapes(onednn):
+    """oneDNN keeps code and state for each shape: 500 MiB after 1200 calls of as many sizes."""
+    if onednn and not gemm.has_onednn():
+        pytest.skip("PyTorch has no oneDNN here")
+    script = GROWTH.format(onednn=onednn, most=300, width=64, vocab=5000, calls=1000)
+    assert number_from_child(script) < 100

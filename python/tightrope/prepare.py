@@ -113,13 +113,13 @@ def rows_of(
     validation.choice("reduction", reduction, validation.REDUCTIONS)
     normalizer = validation.normalizer(normalizer)
     flat = space.target(target, ignore_index, shift, target_required)
+    weight = 1.0
     if row_weight is not None:
         validation.per_token("row_weight", row_weight, space.tokens, space.device)
-        flat = _tokens.without_weightless(flat, row_weight, space.tokens)
-    like, dtype = space.like, space.dtype
-    weight = _tokens.flatten_rows(
-        1.0 if row_weight is None else row_weight, space.tokens, flat.valid, like, dtype
-    )
+        weight = _tokens.flatten_rows(row_weight, space.tokens, None, space.like, space.dtype)
+        flat = _tokens.without_weightless(flat, weight)
+        weight = weight.view(space.tokens)
+    weight = _tokens.flatten_rows(weight, space.tokens, flat.valid, space.like, space.dtype)
     of_class = None
     if class_weight is not None:
         flat.part(Target).check_range(flat.valid, space.vocab_size)
@@ -127,7 +127,7 @@ def rows_of(
     if reduction == "mean" and normalizer is None:
         if row_weight is not None:
             validation.weights_of_one_sign(weight)
-        counted = weight if of_class is None else weight * of_class.to(dtype)
+        counted = weight if of_class is None else weight * of_class.to(space.dtype)
         total = counted.sum() if flat.valid is None else torch.where(flat.valid, counted, 0.0).sum()
     else:
         total = None

@@ -16,7 +16,7 @@ from torch import Tensor
 from .ambient import may_read
 from .arguments import TargetArguments, group
 
-_PIECE = 2**22
+_PIECE = 2**20  # elements of a dense target that are squared at a time
 
 
 # Stands for an ignored entry of a top-k target: it falls in no tile of the vocabulary.
@@ -92,7 +92,7 @@ class Target(TargetArguments):
         source: slice | Tensor = slice(start, stop)
         if rows is not None:
             source = rows[start:stop] + self.shift
-        elif self.shift and self.index is None:
+        elif self.shift and self.index is None and self.is_given:
             wide = self.topk_index if self.dense is None else self.dense
             # Rows that shift past the end have no target; they are masked, so any row will do.
             source = torch.arange(start, stop, device=wide.device) + self.shift
@@ -206,9 +206,11 @@ def smoothed_square(
         # In pieces, so that no second N x V tensor is made.
         count, size = math.prod(target.shape[:-1]), max(1, _PIECE // vocab_size)
         spans = [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
-        rows = [DenseRows(target, span).tile(0, vocab_size) for span in spans]
-        mass = torch.cat([part.sum(-1, dtype=dtype) for part in rows]).view(target.shape[:-1])
-        square = torch.cat([part.to(dtype).square().sum(-1) for part in rows]).view(target.shape[:-1])
+        sums = []
+        for span in spans:
+            part = DenseRows(target, span).tile(0, vocab_size).to(dtype)
+            sums.append(torch.stack([part.sum(-1), part.square().sum(-1)]))
+        mass, square = torch.cat(sums, -1).view(2, *target.shape[:-1])
     else:
         mass = square = torch.ones(target.shape, dtype=dtype, device=target.device)
     keep, share = 1.0 - label_smoothing, label_smoothing / vocab_size

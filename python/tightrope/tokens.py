@@ -51,12 +51,12 @@ def flatten_target(
     )
 
 
-def without_weightless(target: TokenTarget, row_weight: Tensor, tokens: torch.Size) -> TokenTarget:
-    """The same target, with tokens of weight 0 ignored. A weight that is learned is not looked at."""
-    if row_weight.requires_grad:
+def without_weightless(target: TokenTarget, weight: Tensor) -> TokenTarget:
+    """The same target, with rows of weight 0 ignored. A weight [N] that is learned is not looked at."""
+    if weight.requires_grad:
         return target
-    weighs = (row_weight != 0).expand(tokens).reshape(-1)
-    return replace(target, valid=weighs.contiguous() if target.valid is None else target.valid & weighs)
+    weighs = weight != 0
+    return replace(target, valid=weighs if target.valid is None else target.valid & weighs)
 
 
 def with_class_weight(
@@ -133,8 +133,8 @@ def flatten_arg(arg: Tensor, tokens: torch.Size, valid: Tensor | None) -> Tensor
     flat = arg.expand((*tokens, *rest)).reshape(math.prod(tokens), *rest)
     if valid is None:
         return flat
-    # A bool stays one: masked_fill does not promote.
-    return flat.masked_fill(~valid.view(-1, *(1,) * len(rest)), 0)
+    # A zero of its own dtype: a bool stays one.
+    return torch.where(valid.view(-1, *(1,) * len(rest)), flat, flat.new_zeros(()))
 
 
 def row_scale(
