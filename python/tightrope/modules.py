@@ -7,7 +7,7 @@ parameters, another tensor (class weights) a buffer, so that ``.to()``, optimize
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,26 @@ from .statistics import RowStats
 from .targets import TopKTarget
 
 if TYPE_CHECKING:
-    from .options import BackendName, Creativity, Integer, Number, Reality, Reduction, Strategy
+    from typing_extensions import Unpack
+
+    from .options import (
+        BackendName,
+        Creativity,
+        Integer,
+        LinearLossOptions,
+        LogitsLossOptions,
+        Number,
+        Reality,
+        Reduction,
+        Strategy,
+    )
+
+# What a call gives: a Tensor, or with return_stats the pair. For type checkers.
+Result = TypeVar("Result")
+_Pair = tuple[Tensor, RowStats]
 
 
-class _Loss(nn.Module):
+class _Loss(nn.Module, Generic[Result]):
     """Holds options; checks those that need no tensors; shows in its repr those that were given."""
 
     def __init__(self, options: dict[str, Any]):
@@ -63,7 +79,7 @@ class _Loss(nn.Module):
         return ", ".join(f"{name}={held[name]!r}" for name in self._shown)
 
 
-class LinearRealityCreativityLoss(_Loss):
+class LinearRealityCreativityLoss(_Loss[Result]):
     """:func:`tightrope.linear_reality_creativity_loss` as a module.
 
     Args:
@@ -74,6 +90,27 @@ class LinearRealityCreativityLoss(_Loss):
         TypeError, ValueError: an option is unknown, or not as the function expects.
     """
 
+    @overload
+    def __init__(
+        self: LinearRealityCreativityLoss[Tensor],
+        *,
+        return_stats: Literal[False] = False,
+        **options: Unpack[LinearLossOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: LinearRealityCreativityLoss[_Pair],
+        *,
+        return_stats: Literal[True],
+        **options: Unpack[LinearLossOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: LinearRealityCreativityLoss[Tensor | _Pair],
+        *,
+        return_stats: bool,
+        **options: Unpack[LinearLossOptions],
+    ) -> None: ...
     def __init__(
         self,
         *,
@@ -114,13 +151,48 @@ class LinearRealityCreativityLoss(_Loss):
         options = self._merged(balance=balance, row_weight=row_weight, normalizer=normalizer)
         return linear_reality_creativity_loss(input, weight, target, bias, **options)
 
+    if TYPE_CHECKING:  # nn.Module's own says nothing of arguments and result
 
-class RealityCreativityLoss(_Loss):
+        def __call__(
+            self,
+            input: Tensor,
+            weight: Tensor,
+            target: Tensor | TopKTarget,
+            bias: Tensor | None = None,
+            *,
+            balance: Number | Tensor | None = None,
+            row_weight: Tensor | None = None,
+            normalizer: Number | Tensor | None = None,
+        ) -> Result: ...
+
+
+class RealityCreativityLoss(_Loss[Result]):
     """:func:`tightrope.reality_creativity_loss` as a module.
 
     Args and Raises: as :class:`LinearRealityCreativityLoss`, with that function's options.
     """
 
+    @overload
+    def __init__(
+        self: RealityCreativityLoss[Tensor],
+        *,
+        return_stats: Literal[False] = False,
+        **options: Unpack[LogitsLossOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: RealityCreativityLoss[_Pair],
+        *,
+        return_stats: Literal[True],
+        **options: Unpack[LogitsLossOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: RealityCreativityLoss[Tensor | _Pair],
+        *,
+        return_stats: bool,
+        **options: Unpack[LogitsLossOptions],
+    ) -> None: ...
     def __init__(
         self,
         *,
@@ -155,3 +227,15 @@ class RealityCreativityLoss(_Loss):
         """Shapes as in the function; what is given here stands in the place of the module's own."""
         options = self._merged(balance=balance, row_weight=row_weight, normalizer=normalizer)
         return reality_creativity_loss(logits, target, **options)
+
+    if TYPE_CHECKING:  # nn.Module's own says nothing of arguments and result
+
+        def __call__(
+            self,
+            logits: Tensor,
+            target: Tensor | TopKTarget,
+            *,
+            balance: Number | Tensor | None = None,
+            row_weight: Tensor | None = None,
+            normalizer: Number | Tensor | None = None,
+        ) -> Result: ...

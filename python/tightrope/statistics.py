@@ -56,16 +56,17 @@ class RowStats(NamedTuple):
 
     Every field has the tokens' shape ``(...)``; floating fields are float32 (float64 if an input is), and
     are 0 for ignored tokens. ``b`` is the target, one-hot for class indices, without label smoothing.
-    The ``target_*`` fields are None where no target was given.
+    The ``target_*`` fields are None where no target was given, which their types leave out: who uses them
+    has given one.
     """
 
     lse: Tensor  #: log sum_j exp(z_j)
     entropy: Tensor  #: H = -sum_j p_j log p_j, in nats
     collision: Tensor  #: collision probability |p|^2 = sum_j p_j^2
-    target_logit: Tensor | None  #: <b, z>
-    target_prob: Tensor | None  #: <b, p>
+    target_logit: Tensor  #: <b, z>
+    target_prob: Tensor  #: <b, p>
     argmax: Tensor  #: the lowest index of the largest logit, int64; -1 for ignored tokens
-    target_log_prob: Tensor | None  #: <b, log p>; cross-entropy is its negative
+    target_log_prob: Tensor  #: <b, log p>; cross-entropy is its negative
     mean_log_prob: Tensor  #: (1/V) sum_j log p_j, what label smoothing needs
     logit_sum: Tensor  #: sum_j z_j
     logit_square_sum: Tensor  #: sum_j z_j^2

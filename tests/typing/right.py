@@ -84,4 +84,6 @@ class Model(torch.nn.Module):
 
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
         assert_type(self.loss(hidden, weight, target), Tensor)
+        pair = tightrope.RealityCreativityLoss(return_stats=True)(logits, target)
+        assert_type(pair, tuple[Tensor, RowStats])
         return self.loss(hidden, weight, target, bias, balance=0.2) + self.logits_loss(logits, target)

@@ -28,7 +28,7 @@ tightrope.linear_reality_creativity_loss(hidden, weight, target, return_stats=Tr
 pair: tuple[torch.Tensor, tightrope.RowStats] = tightrope.reality_creativity_loss(logits, target)  # type: ignore[assignment]
 
 # Modules.
-tightrope.LinearRealityCreativityLoss(balnce=0.1)  # type: ignore[call-arg]
-tightrope.LinearRealityCreativityLoss(balance="x")  # type: ignore[arg-type]
-tightrope.LinearRealityCreativityLoss(reduction="meen")  # type: ignore[arg-type]
-tightrope.RealityCreativityLoss(strategy="chunked")  # type: ignore[call-arg]
+tightrope.LinearRealityCreativityLoss(balnce=0.1)  # type: ignore[call-overload]
+tightrope.LinearRealityCreativityLoss(balance="x")  # type: ignore[call-overload]
+tightrope.LinearRealityCreativityLoss(reduction="meen")  # type: ignore[call-overload]
+tightrope.RealityCreativityLoss(strategy="chunked")  # type: ignore[call-overload]
