@@ -133,6 +133,18 @@ def gradient_accumulation(s):
     return F.nll_loss(log_p, label)
 
 
+def class_weights(s):
+    """A mean that divides by the tokens, or smoothing that spreads evenly."""
+    z, y = s.lm_head(s.hidden)[:, :-1].flatten(0, 1), s.labels[:, 1:].flatten()
+    return F.cross_entropy(z, y, s.class_weight, label_smoothing=0.1)
+
+
+def mask_of_a_distribution(s):
+    """0 times NaN."""
+    log_p = s.lm_head(s.hidden).log_softmax(-1)[s.mask]
+    return F.cross_entropy(log_p, s.teacher[s.mask])
+
+
 def weights_of_both_signs(s):
     """A divisor that follows the weights."""
     z, y = s.lm_head(s.hidden)[:, :-1], s.labels[:, 1:]
@@ -257,6 +269,8 @@ REFERENCES = {
     "Multi-token prediction": multi_token_prediction,
     "Each sequence weighs the same": mean_over_sequences,
     "Gradient accumulation": gradient_accumulation,
+    "Class weights": class_weights,
+    "A mask where the target is a distribution": mask_of_a_distribution,
     "Weights of both signs": weights_of_both_signs,
     "Numbers to log": numbers_to_log,
     "An entropy bonus": entropy_bonus,

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 advantage: Tensor
+class_weight: Tensor
 balance_logit: Tensor
 teacher_indices: Tensor
 teacher_probs: Tensor
