@@ -76,7 +76,14 @@ class _Loss(nn.Module, Generic[Result]):
 
     def extra_repr(self) -> str:
         held = self._merged()
-        return ", ".join(f"{name}={held[name]!r}" for name in self._shown)
+        return ", ".join(f"{name}={_shown(held[name])}" for name in self._shown)
+
+
+def _shown(value: object) -> str:
+    """A number as one, a larger tensor by its shape."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{value.item():g}" if value.numel() == 1 else f"{type(value).__name__}{list(value.shape)}"
 
 
 class LinearRealityCreativityLoss(_Loss[Result]):

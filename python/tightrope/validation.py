@@ -65,9 +65,9 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def _one_element(name: str, value: object, expected: str) -> object:
-    """The element of a tensor of one; what is no tensor as it is."""
+    """The element of a tensor or numpy array of one; what is neither as it is."""
     if not isinstance(value, Tensor):
-        return value
+        return value.item() if getattr(value, "size", 0) == 1 and hasattr(value, "item") else value
     if value.numel() != 1:
         raise TypeError(f"{name}: got a tensor of shape {list(value.shape)}, expected {expected}")
     if value.requires_grad:

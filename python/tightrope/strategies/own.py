@@ -150,7 +150,12 @@ def _to_be_checked(loss_fn: Callable, loss: Tensor) -> bool:
     """Whether to look if a loss mixes rows: once for each function, and always under TIGHTROPE_DEBUG=1."""
     if not may_read(loss) or loss.shape[0] < 2:
         return False
-    return os.environ.get("TIGHTROPE_DEBUG") == "1" or getattr(loss_fn, "__code__", loss_fn) not in _checked
+    if os.environ.get("TIGHTROPE_DEBUG") == "1":
+        return True
+    try:
+        return getattr(loss_fn, "__code__", loss_fn) not in _checked
+    except TypeError:  # an object without a hash is looked at each time
+        return True
 
 
 def _refuse_mixed_rows(
@@ -174,7 +179,7 @@ def _refuse_mixed_rows(
     # One that draws random numbers agrees with itself no more than with its halves.
     if not _agree(halves, loss) and _agree(part(0, rows), loss):
         raise ValueError(f"loss_fn: gave rows another loss when it was called on half of them, {advice}")
-    with contextlib.suppress(TypeError):  # an object without weak references is looked at each time
+    with contextlib.suppress(TypeError):  # so is one without weak references
         _checked.add(getattr(loss_fn, "__code__", loss_fn))
 
 
