@@ -62,10 +62,10 @@ def test_few_shapes_whatever_the_rows(monkeypatch, rows):
             return product(x, weight, *rest)
 
     monkeypatch.setattr(torch.ops, "mkldnn", Watched)
-    for count in range(1, 1025):
+    for count in range(1, 1200):
         size = {"m": 24, "k": 24, "n": 24, rows: count}
         a, b = torch.ones(size["m"], size["k"]), torch.ones(size["k"], size["n"])
         out = torch.full((size["m"], size["n"]), float("nan"))
         gemm.multiply(a, b, out, rows=rows)
         assert (out == size["k"]).all(), count
-    assert len(met) <= 24
+    assert len(met) <= 30

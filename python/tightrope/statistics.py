@@ -137,8 +137,7 @@ def summarise(partial: Tensor, *, target_must_occur: bool = False) -> Tensor:
     """
     top, s0, s1, s2, target_shift, target_exp, mass, shift_sum, square_sum, count, logit_sum = partial
     if target_must_occur:
-        mass = mass.masked_fill(mass == 0, torch.nan)
-        target_shift, target_exp = target_shift + 0 * mass, target_exp + 0 * mass
+        target_shift, target_exp, mass = partial[4:7].masked_fill(mass == 0, torch.nan)
     log_sum = s0.log()
     return torch.stack(
         [
@@ -146,7 +145,7 @@ def summarise(partial: Tensor, *, target_must_occur: bool = False) -> Tensor:
             log_sum,
             log_sum - s1 / s0,
             s2 / s0.square(),
-            (target_shift + origin(top) * SUM_SCALE * mass) / SUM_SCALE,
+            torch.addcmul(target_shift, origin(top), mass, value=SUM_SCALE) / SUM_SCALE,
             target_exp / s0,
             target_shift / SUM_SCALE - mass * log_sum,
             shift_sum / count / SUM_SCALE - log_sum,

@@ -3,7 +3,7 @@
 PyTorch multiplies float32 matrices on an x86 CPU with MKL, which on AMD processors with AVX512 stays with its
 AVX2 kernels: 205 GFLOP/s on two cores where oneDNN, which PyTorch ships too, reaches 480. There the product
 goes through oneDNN. It computes in float32 as well and gives the same bits each time. But for each shape that
-it meets it keeps 0.6 MiB, so it is shown few: rows are cut, and filled up with zeros, to one of 22 sizes.
+it meets it keeps 0.6 MiB, so it is shown few: rows are cut, and filled up with zeros, to one of 30 sizes.
 
 On CUDA products of bfloat16 and float16 matrices go to float32 as they are; on other devices a GEMM rounds
 its result to the operands' dtype, so there they are converted first.
@@ -18,14 +18,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .plan import ROW_MULTIPLE, power_below, spans
+from .plan import ONEDNN_ROWS, ROW_MULTIPLE, power_below, row_step, spans
 
 # Elements of a oneDNN product, which has no form that writes to a given output: so that what is copied out of
 # it is still in cache, and its memory is not fresh from the system each time.
 _PRODUCT = 2**20
-# Rows that go to oneDNN at a time; and what they are a multiple of, up to so many.
-_MOST_ROWS = 512
-_ROW_STEPS = ((1, 1), (4, 4), (128, 16), (_MOST_ROWS, 32))
 
 
 def multiply(
@@ -57,7 +54,7 @@ def multiply(
 
 def _by_onednn(a: Tensor, b: Tensor, out: Tensor, accumulate: bool, rows: str) -> None:
     count = {"m": a.shape[0], "k": b.shape[0], "n": b.shape[1]}[rows]
-    most = min(_MOST_ROWS, _most_m(b.shape[1])) if rows == "m" else _MOST_ROWS
+    most = min(ONEDNN_ROWS, _most_m(b.shape[1])) if rows == "m" else ONEDNN_ROWS
     for start, stop in spans(count, most, ROW_MULTIPLE):
         part = slice(start, stop)
         if rows == "m":
@@ -86,7 +83,7 @@ def _most_m(n: int) -> int:
 def _padded(x: Tensor, dim: int) -> Tensor:
     """x with zeros after the rows that lie along dim, up to the next size that oneDNN is shown."""
     rows = x.shape[dim]
-    extra = -rows % next(step for most, step in _ROW_STEPS if rows <= most)
+    extra = row_step(rows) - rows
     if extra == 0:
         return x
     shape = list(x.shape)

@@ -51,6 +51,10 @@ GPU = Sizes(
 )
 # Rows of a chunk come in whole vectors of the widest instruction set, two at a time.
 ROW_MULTIPLE = 32
+# oneDNN keeps memory for each shape that it meets (`gemm`), so it is shown few: so many rows at a time, and up
+# to so many rows a multiple of these.
+ONEDNN_ROWS = 1024
+_ROW_STEPS = ((1, 1), (4, 4), (128, 16), (512, 32), (ONEDNN_ROWS, 64))
 # Whole rows of logits begin at multiples of this: 128 bytes of float32, for GEMMs and kernels of any V.
 ROW_STRIDE = 32
 # Entries of a dense target that the fused kernels take at a time: it is converted in pieces.
@@ -66,12 +70,18 @@ def sizes(device: torch.device) -> Sizes:
 def tile_width(rows: int, device: torch.device, converted: int = 0) -> int:
     """Entries of the vocabulary in a tile. With few rows the cost of a tile is that of starting on it.
 
-    A power of two, so that there are few: oneDNN keeps memory for each (`gemm`).
+    One width for all numbers of rows that `row_step` makes one: few shapes go to a GEMM.
     converted: D, where the tile of the head is converted, and its gradient rounded, which takes memory.
     """
     own = sizes(device)
     widest = min(own.widest_tile, own.tile_head // converted) if converted else own.widest_tile
-    return max(own.tile, power_below(min(own.tile_logits // max(rows, 1), widest)))
+    return max(own.tile, min(own.tile_logits // max(row_step(rows), 1), widest))
+
+
+def row_step(rows: int) -> int:
+    """How many rows so many are filled up to where a GEMM is to meet few shapes."""
+    step = next((step for most, step in _ROW_STEPS if rows <= most), 1)
+    return -(-rows // step) * step
 
 
 def power_below(x: int) -> int:
