@@ -51,8 +51,8 @@ GPU = Sizes(
 )
 # Rows of a chunk come in whole vectors of the widest instruction set, two at a time.
 ROW_MULTIPLE = 32
-# oneDNN keeps memory for each shape that it meets (`gemm`), so it is shown few: so many rows at a time, and up
-# to so many rows a multiple of these.
+# oneDNN keeps memory for each shape that it meets (`gemm`), so it is shown few: so many rows at a time, and
+# up to so many rows a multiple of these.
 ONEDNN_ROWS = 1024
 _ROW_STEPS = ((1, 1), (4, 4), (128, 16), (512, 32), (ONEDNN_ROWS, 64))
 # Whole rows of logits begin at multiples of this: 128 bytes of float32, for GEMMs and kernels of any V.
