@@ -9,12 +9,15 @@ from .logits import reality_creativity_loss, vocab_loss, vocab_stats
 from .modules import LinearRealityCreativityLoss, RealityCreativityLoss
 from .statistics import RowStats
 from .strategies import flops as _flops  # noqa: F401
+from .support import Classes, MinP
 from .targets import TopKTarget
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Classes",
     "LinearRealityCreativityLoss",
+    "MinP",
     "RealityCreativityLoss",
     "RowStats",
     "TopKTarget",

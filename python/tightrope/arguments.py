@@ -140,9 +140,26 @@ class TokenTarget(TargetArguments):
 
 
 @group
-class LogitsArguments(Transform, TokenTarget):
+class SetArguments(Arguments):
+    """The set of classes whose mass and entropy are asked for, of one kind at most."""
+
+    min_p: float = 0.0  # those with p >= min_p times the largest p; 0: none
+    classes: Tensor | None = None  # [N, K] int64, ascending; repeated ones count once
+
+
+@group
+class SideArguments(Arguments):
+    """Which entries of a tile are in the set, of one kind at most; the others are the rest."""
+
+    threshold: Tensor | None = None  # [N]: logits of at least this
+    classes: Tensor | None = None  # [N, K] int64, ascending
+
+
+@group
+class LogitsArguments(Transform, SetArguments, TokenTarget):
     """What the operators on logits are told beside the logits."""
 
+    temperature: Tensor | None = None  # [N], where it is not one number, which is part of the transform
     backend: str | None = None
 
 

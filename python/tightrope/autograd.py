@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .ambient import has_values, may_read
-from .arguments import LinearArguments, LogitsArguments
+from .arguments import Arguments, LinearArguments, LogitsArguments
 from .coefficients import row_coefficients
 from .losses import RealityCreativity
-from .statistics import RowStats, StatGrads, row_stats
+from .statistics import FLOATING, RowStats, StatGrads, row_stats
 from .strategies import ops, own
 from .strategies.chunked import Needs
 
@@ -69,20 +69,33 @@ def first_order(backward: Callable) -> Callable:
 
 def _stat_grads(grads: tuple[Tensor | None, ...]) -> StatGrads:
     named = dict(zip(RowStats._fields, grads))
-    return StatGrads(**{name: named[name] for name in own.FLOATING})
+    return StatGrads(**{name: named[name] for name in FLOATING if name in named})
 
 
 def _wanted(gradients, needed) -> tuple[Tensor | None, ...]:
     return tuple(g if need else None for g, need in zip(gradients, needed))
 
 
-def _none(ctx, after: int) -> tuple[None, ...]:
-    """The gradients of the arguments after so many: none has one."""
-    return (None,) * (len(ctx.needs_input_grad) - after)
+def _statistics(summary: Tensor, argmax: Tensor) -> tuple[Tensor, ...]:
+    """The fields of RowStats, as many as there are."""
+    return tuple(s for s in row_stats(summary, argmax) if s is not None)
+
+
+def _temperature_needed(ctx, after: int, group: type[Arguments]) -> bool:
+    """Whether the gradient of the temperature is wanted, which is one of a group's arguments."""
+    return ctx.needs_input_grad[after + group._names.index("temperature")]
+
+
+def _of_group(to_temperature: Tensor | None, group: type[Arguments]) -> tuple[Tensor | None, ...]:
+    """The gradients of a group's arguments, of which the temperature alone has one."""
+    return tuple(to_temperature if name == "temperature" else None for name in group._names)
 
 
 class LinearVocabStats(Function):
-    """(input [N, D], weight [V, D], bias [V], *LinearArguments) -> the fields of RowStats, [N] each."""
+    """(input [N, D], weight [V, D], bias [V], *LinearArguments) -> the fields of RowStats, [N] each.
+
+    The last three are there with a set of classes only.
+    """
 
     @staticmethod
     def forward(ctx, input, weight, bias, *flat):
@@ -92,7 +105,7 @@ class LinearVocabStats(Function):
         ctx.others = arguments.others()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(argmax)
-        return tuple(row_stats(summary, argmax))
+        return _statistics(summary, argmax)
 
     @staticmethod
     @first_order
@@ -100,13 +113,14 @@ class LinearVocabStats(Function):
         summary, input, weight, bias, *tensors = ctx.saved_tensors
         arguments = LinearArguments.join(tensors, ctx.others)
         coef = row_coefficients(summary, _stat_grads(grads), weight.shape[0])
-        needed = ctx.needs_input_grad[:3]
+        needed = (*ctx.needs_input_grad[:3], _temperature_needed(ctx, 3, LinearArguments))
         gradients = ops.linear_stats_backward(summary, coef, Needs(*needed), input, weight, bias, arguments)
-        return *_wanted(gradients, needed), *_none(ctx, 3)
+        *to_head, to_temperature = _wanted(gradients, needed)
+        return *to_head, *_of_group(to_temperature, LinearArguments)
 
 
 class LogitsVocabStats(Function):
-    """(logits [N, V], *LogitsArguments) -> the fields of RowStats, [N] each."""
+    """(logits [N, V], *LogitsArguments) -> as `LinearVocabStats`."""
 
     @staticmethod
     def forward(ctx, logits, *flat):
@@ -116,7 +130,7 @@ class LogitsVocabStats(Function):
         ctx.others = arguments.others()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(argmax)
-        return tuple(row_stats(summary, argmax))
+        return _statistics(summary, argmax)
 
     @staticmethod
     @first_order
@@ -124,7 +138,10 @@ class LogitsVocabStats(Function):
         summary, logits, *tensors = ctx.saved_tensors
         arguments = LogitsArguments.join(tensors, ctx.others)
         coef = row_coefficients(summary, _stat_grads(grads), logits.shape[1])
-        return ops.logits_stats_backward(summary, coef, logits, arguments), *_none(ctx, 1)
+        needed = (ctx.needs_input_grad[0], _temperature_needed(ctx, 1, LogitsArguments))
+        gradients = ops.logits_stats_backward(summary, coef, needed[1], logits, arguments)
+        to_logits, to_temperature = _wanted(gradients, needed)
+        return to_logits, *_of_group(to_temperature, LogitsArguments)
 
 
 class ChunkedLoss(Function):
@@ -136,7 +153,8 @@ class ChunkedLoss(Function):
 
     @staticmethod
     def forward(ctx, row_scale, balance, target_square, family, input, weight, bias, *flat):
-        needed = ctx.needs_input_grad[4:7]
+        arguments = LinearArguments(*flat)
+        needed = (*ctx.needs_input_grad[4:7], _temperature_needed(ctx, 7, LinearArguments))
         row_loss, summary, argmax, *gradients, to_balance = ops.linear_loss(
             row_scale,
             balance,
@@ -146,9 +164,9 @@ class ChunkedLoss(Function):
             input,
             weight,
             bias,
-            LinearArguments(*flat),
+            arguments,
         )
-        sources = (row_scale, balance, input, weight, bias)
+        sources = (row_scale, balance, input, weight, bias, arguments.temperature)
         ctx.save_for_backward(row_loss, to_balance, *_wanted(gradients, needed), *sources)
         ctx.dtypes = [None if t is None else t.dtype for t in sources]
         ctx.mark_non_differentiable(summary, argmax)
@@ -158,23 +176,27 @@ class ChunkedLoss(Function):
     @first_order
     def backward(ctx, upstream, *_):
         needs = ctx.needs_input_grad
-        needed = (*needs[:2], *needs[4:7])
+        needed = (*needs[:2], *needs[4:7], _temperature_needed(ctx, 7, LinearArguments))
         scaled = _scale(_wanted(ctx.saved_tensors, needed), ctx.dtypes, upstream)
-        return *scaled[:2], None, None, *scaled[2:], *_none(ctx, 7)
+        return *scaled[:2], None, None, *scaled[2:5], *_of_group(scaled[5], LinearArguments)
 
 
 class OwnChunkedLoss(Function):
-    """`ChunkedLoss` for a user's loss: (loss_fn, row_scale, input, weight, bias, arguments, *row_args)."""
+    """`ChunkedLoss` for a user's loss.
+
+    (loss_fn, row_scale, input, weight, bias, temperature, arguments, *row_args); the arguments hold the
+    temperature too.
+    """
 
     @staticmethod
-    def forward(ctx, loss_fn, row_scale, input, weight, bias, arguments, *row_args):
+    def forward(ctx, loss_fn, row_scale, input, weight, bias, temperature, arguments, *row_args):
         needs = ctx.needs_input_grad
         record, gradients = own.loss_and_gradients(
-            loss_fn, row_scale, row_args, needs[6:], Needs(*needs[2:5]), input, weight, bias, arguments
+            loss_fn, row_scale, row_args, needs[7:], Needs(*needs[2:6]), input, weight, bias, arguments
         )
         # Without a single row that counts, loss_fn was never called.
         to_args = record.args or tuple(torch.zeros_like(a) for a in row_args)
-        sources = (row_scale, input, weight, bias, *row_args)
+        sources = (row_scale, input, weight, bias, temperature, *row_args)
         ctx.save_for_backward(record.row_loss, *gradients.flat(), *to_args, *sources)
         ctx.dtypes = [None if t is None else t.dtype for t in sources]
         ctx.mark_non_differentiable(record.summary, record.argmax)
@@ -184,9 +206,9 @@ class OwnChunkedLoss(Function):
     @first_order
     def backward(ctx, upstream, *_):
         needs = ctx.needs_input_grad
-        needed = (*needs[1:5], *needs[6:])
+        needed = (*needs[1:6], *needs[7:])
         scaled = _scale(_wanted(ctx.saved_tensors, needed), ctx.dtypes, upstream)
-        return None, *scaled[:4], None, *scaled[4:]
+        return None, *scaled[:5], None, *scaled[5:]
 
 
 def _scale(gradients, dtypes, upstream: Tensor) -> list[Tensor | None]:

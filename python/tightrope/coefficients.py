@@ -5,7 +5,8 @@ Every loss of the statistics has a gradient of one form (docs/mathematics.md):
     dloss/dz_j = p_j (prob + prob_log_prob log p_j + prob_square p_j)
                + b_j (target + target_prob p_j) + logit z_j + constant
 
-which is why the kernels know no loss.
+which is why the kernels know no loss. Where there is a set of classes, its entries have other scalars than
+the rest, and probabilities within their side in the place of p.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .statistics import SUMMARY, StatGrads
+from .statistics import SUMMARY, StatGrads, named
 
 
 class RowCoefficients(NamedTuple):
@@ -31,8 +32,11 @@ class RowCoefficients(NamedTuple):
 
 
 def row_coefficients(summary: Tensor, grads: StatGrads, vocab_size: int) -> Tensor:
-    """Coefficients [7, rows] from a summary [SUMMARY, rows] and the upstream gradients of its statistics."""
-    s = dict(zip(SUMMARY, summary))
+    """Coefficients [7, rows] from a summary [SUMMARY, rows] and the upstream gradients of its statistics.
+
+    With SIDE_SUMMARY more rows of the summary, [14, rows]: those of the rest, and of the set.
+    """
+    s = named(summary)
     zero = torch.zeros_like(s["max"])
     prob, prob_log_prob, prob_square, target, target_prob, logit, constant = (zero,) * 7
     if grads.lse is not None:
@@ -58,8 +62,37 @@ def row_coefficients(summary: Tensor, grads: StatGrads, vocab_size: int) -> Tens
         constant = constant + grads.logit_sum
     if grads.logit_square_sum is not None:
         logit = 2 * grads.logit_square_sum
-    return torch.stack(
-        RowCoefficients(prob, prob_log_prob, prob_square, target, target_prob, logit, constant)
+    whole = RowCoefficients(prob, prob_log_prob, prob_square, target, target_prob, logit, constant)
+    if len(summary) == len(SUMMARY):
+        return torch.stack(whole)
+    return torch.stack([*_of_side(whole, s, grads, "rest"), *_of_side(whole, s, grads, "set")])
+
+
+def _of_side(whole: RowCoefficients, s: dict[str, Tensor], grads: StatGrads, side: str) -> RowCoefficients:
+    """The coefficients of the entries of a side, for r_j = p_j / P, where P is the mass of that side."""
+    own, across = (s["support_log_mass"], grads.support_log_mass), (s["rest_log_mass"], grads.rest_log_mass)
+    if side == "rest":
+        own, across = across, own
+    log_mass, to_log_mass = own
+    log_other, to_log_other = across
+    mass = log_mass.exp()
+    # The log mass of an empty side is -inf, whatever the logits; its upstream gradient may be anything.
+    exists, other_exists = log_mass != -torch.inf, log_other != -torch.inf
+    prob = mass * (whole.prob + whole.prob_log_prob * torch.where(exists, log_mass, 0.0))
+    prob_log_prob = mass * whole.prob_log_prob
+    # By an entry of this side, log P changes by r_j (1 - P), and the log mass of the other side by -r_j P.
+    if to_log_mass is not None:
+        prob = prob + torch.where(exists, to_log_mass * log_other.exp(), 0.0)
+    if to_log_other is not None:
+        prob = prob - torch.where(other_exists, to_log_other * mass, 0.0)
+    if side == "set" and grads.support_entropy is not None:
+        prob = prob - grads.support_entropy * s["support_entropy"]
+        prob_log_prob = prob_log_prob - grads.support_entropy
+    return whole._replace(
+        prob=prob,
+        prob_log_prob=prob_log_prob,
+        prob_square=mass * mass * whole.prob_square,
+        target_prob=mass * whole.target_prob,
     )
 
 
@@ -91,10 +124,10 @@ class RowUpstream(NamedTuple):
 
     def at(self, summary: Tensor) -> StatGrads:
         """The upstream gradients themselves, once the summary [SUMMARY, rows] is known."""
-        s = dict(zip(SUMMARY, summary))
+        s = named(summary)
         slope = torch.where(self.lse_slope == 0, 0.0, self.lse_slope * (s["max"] + s["log_sum"]))
         rate = torch.where(self.collision_rate == 0, 0.0, self.collision_rate / s["collision"])
-        constant = {name: getattr(self, name) for name in StatGrads._fields}
+        constant = {name: getattr(self, name) for name in self._fields if name in StatGrads._fields}
         return StatGrads(
             **{**constant, "lse": self.lse + slope, "collision": self.collision + rate},
         )

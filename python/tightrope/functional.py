@@ -16,9 +16,10 @@ from torch import Tensor
 from . import tokens as _tokens
 from . import validation
 from .autograd import ChunkedLoss, LinearVocabStats, OwnChunkedLoss
-from .prepare import Space, choose_strategy, linear_arguments, rows_of, target_square, weighted_rows
+from .prepare import Scores, Space, choose_strategy, linear_arguments, rows_of, target_square, weighted_rows
 from .statistics import RowStats, row_stats
 from .strategies.own import evaluate
+from .support import Classes, MinP
 from .targets import TopKTarget
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ def linear_reality_creativity_loss(
     row_weight: Tensor | None = None,
     logit_scale: Number = 1.0,
     softcap: Number | None = None,
+    temperature: Number | Tensor = 1.0,
+    support: MinP | Classes | None = None,
     z_loss: Number = 0.0,
     logit_l2: Number = 0.0,
     reduction: Reduction = "mean",
@@ -101,13 +104,14 @@ def linear_reality_creativity_loss(
 ) -> Tensor | tuple[Tensor, RowStats]:
     """Reality-creativity loss of hidden states under a vocabulary head, without the logits in memory.
 
-    With ``z = softcap * tanh(u / softcap)``, ``u = logit_scale * (input @ weight.T + bias)`` (``z = u``
-    without softcap) and ``p = softmax(z)``, each token's loss is
+    With ``z = softcap * tanh(u / softcap) / temperature``, ``u = logit_scale * (input @ weight.T + bias)``
+    (``z = u / temperature`` without softcap) and ``p = softmax(z)``, each token's loss is
 
         (1 - balance) * reality + balance * creativity + z_loss * lse^2 + logit_l2 / 2 * sum(z^2)
 
     where reality is ``"cross_entropy"`` or ``"squared_error"`` (half the squared distance of p to the
-    target) and creativity is ``"entropy"`` (-H, in nats) or ``"collision"`` (log of sum p^2). The defaults
+    target) and creativity is ``"entropy"`` (-H, in nats), ``"collision"`` (log of sum p^2) or
+    ``"support_entropy"`` (the negative entropy of p within the set ``support``, renormalised). The defaults
     are ``F.cross_entropy(input @ weight.T, target)``. After Sinha, Song and Zhou (arXiv 2306.02295).
 
     Numbers may be numpy's, or tensors of one element; those that are read wait for their device.
@@ -134,6 +138,11 @@ def linear_reality_creativity_loss(
             grad. Weights of both signs (advantages) need a normalizer for ``"mean"``.
         logit_scale: multiplies the logits.
         softcap: positive bound of the logits, or None.
+        temperature: divides the logits after the softcap, as samplers do: a positive number, or a tensor that
+            broadcasts to the tokens, of the position that predicts. It may require grad.
+        support: :class:`MinP` or :class:`Classes`, the set of classes whose mass and entropy are wanted; then
+            the statistics have ``support_log_mass``, ``rest_log_mass`` and ``support_entropy``. Default:
+            None, or ``MinP(0.02)`` where creativity is ``"support_entropy"``.
         reduction: ``"none"`` (a loss for each token), ``"mean"`` or ``"sum"``.
         normalizer: what ``"mean"`` divides by, a number or a tensor of one element; by default the
             row_weight of the tokens not ignored, times the class_weight of their class index. For gradient
@@ -167,7 +176,16 @@ def linear_reality_creativity_loss(
     family = validation.loss_terms(
         space.vocab_size, reality, creativity, label_smoothing, z_loss, logit_l2, space.dtype
     )
-    transform = validation.transform(logit_scale, softcap, space.dtype)
+    scores = Scores.of(
+        space,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        support=support,
+        ignore_index=ignore_index,
+        shift=shift,
+        creativity=creativity,
+    )
     balance = validation.balance(balance, space.tokens, space.device)
     validation.flag("return_stats", return_stats, (True, False))
     rows, family = weighted_rows(
@@ -183,16 +201,15 @@ def linear_reality_creativity_loss(
     )
     square = target_square(space, target, family, ignore_index, shift)
     arguments = linear_arguments(
-        space,
+        scores,
         rows.target,
-        transform,
         skip_ignored=skip_ignored,
         workspace_mb=workspace_mb,
         backend=backend,
         strategy=strategy,
     )
     balances, hidden = rows.flatten(balance), space.rows()
-    if choose_strategy(space, arguments, strategy, reduction, hidden, weight, bias) == "chunked":
+    if choose_strategy(arguments, space, strategy, reduction, hidden, weight, bias) == "chunked":
         loss, summary, argmax = ChunkedLoss.apply(
             rows.scale, balances, square, family.flat(), hidden, weight, bias, *arguments.flat()
         )
@@ -212,6 +229,8 @@ def linear_vocab_stats(
     ignore_index: Integer = -100,
     logit_scale: Number = 1.0,
     softcap: Number | None = None,
+    temperature: Number | Tensor = 1.0,
+    support: MinP | Classes | None = None,
     shift: Integer = 0,
     skip_ignored: bool | None = None,
     workspace_mb: Number | None = None,
@@ -235,10 +254,18 @@ def linear_vocab_stats(
         TypeError, ValueError, IndexError: as :func:`linear_reality_creativity_loss`.
     """
     space = Space.of_head(input, weight, bias)
-    transform = validation.transform(logit_scale, softcap, space.dtype)
+    scores = Scores.of(
+        space,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        support=support,
+        ignore_index=ignore_index,
+        shift=shift,
+    )
     flat = space.target(target, ignore_index, shift)
     arguments = linear_arguments(
-        space, flat, transform, skip_ignored=skip_ignored, workspace_mb=workspace_mb, backend=backend
+        scores, flat, skip_ignored=skip_ignored, workspace_mb=workspace_mb, backend=backend
     )
     stats = LinearVocabStats.apply(space.rows(), weight, bias, *arguments.flat())
     return _tokens.unflatten(RowStats(*stats), space.tokens, target is not None)
@@ -295,6 +322,8 @@ def linear_vocab_loss(
     row_weight: Tensor | None = None,
     logit_scale: Number = 1.0,
     softcap: Number | None = None,
+    temperature: Number | Tensor = 1.0,
+    support: MinP | Classes | None = None,
     reduction: Reduction = "mean",
     normalizer: Number | Tensor | None = None,
     shift: Integer = 0,
@@ -327,7 +356,15 @@ def linear_vocab_loss(
             and is not in row_args.
     """
     space = Space.of_head(input, weight, bias)
-    transform = validation.transform(logit_scale, softcap, space.dtype)
+    scores = Scores.of(
+        space,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        support=support,
+        ignore_index=ignore_index,
+        shift=shift,
+    )
     validation.flag("return_stats", return_stats, (True, False))
     validation.loss_function(loss_fn, row_args, space.tokens, space.device)
     rows = rows_of(
@@ -341,21 +378,20 @@ def linear_vocab_loss(
         target_required=False,
     )
     arguments = linear_arguments(
-        space,
+        scores,
         rows.target,
-        transform,
         skip_ignored=skip_ignored,
         workspace_mb=workspace_mb,
         backend=backend,
         strategy=strategy,
     )
     args, hidden = rows.flatten_args(row_args), space.rows()
-    chosen = choose_strategy(space, arguments, strategy, reduction, hidden, weight, bias)
+    chosen = choose_strategy(arguments, space, strategy, reduction, hidden, weight, bias)
     # A compiler sees a user's loss between two operators, and not in a loop over chunks; nor does a trace
     # whose number of tokens is a symbol.
     if chosen == "chunked" and not torch.compiler.is_compiling() and isinstance(hidden.shape[0], int):
         loss, summary, argmax = OwnChunkedLoss.apply(
-            loss_fn, rows.scale, hidden, weight, bias, arguments, *args
+            loss_fn, rows.scale, hidden, weight, bias, arguments.temperature, arguments, *args
         )
         stats = row_stats(summary, argmax) if return_stats else None
     else:

@@ -15,15 +15,16 @@ from . import tokens as _tokens
 from . import validation
 from .arguments import LogitsArguments
 from .autograd import LogitsVocabStats
-from .prepare import Space, rows_of, target_square, weighted_rows
+from .prepare import Scores, Space, rows_of, target_square, weighted_rows
 from .statistics import RowStats
 from .strategies.own import evaluate
+from .support import Classes, MinP
 from .targets import TopKTarget
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .arguments import TokenTarget, Transform
+    from .arguments import TokenTarget
     from .options import (
         BackendName,
         Creativity,
@@ -79,6 +80,8 @@ def reality_creativity_loss(
     row_weight: Tensor | None = None,
     logit_scale: Number = 1.0,
     softcap: Number | None = None,
+    temperature: Number | Tensor = 1.0,
+    support: MinP | Classes | None = None,
     z_loss: Number = 0.0,
     logit_l2: Number = 0.0,
     reduction: Reduction = "mean",
@@ -105,7 +108,16 @@ def reality_creativity_loss(
     family = validation.loss_terms(
         space.vocab_size, reality, creativity, label_smoothing, z_loss, logit_l2, space.dtype
     )
-    transform = validation.transform(logit_scale, softcap, space.dtype)
+    scores = Scores.of(
+        space,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        support=support,
+        ignore_index=ignore_index,
+        shift=shift,
+        creativity=creativity,
+    )
     balance = validation.balance(balance, space.tokens, space.device)
     validation.flag("return_stats", return_stats, (True, False))
     rows, family = weighted_rows(
@@ -120,7 +132,7 @@ def reality_creativity_loss(
         normalizer=normalizer,
     )
     square = target_square(space, target, family, ignore_index, shift)
-    stats = _statistics(space, rows.target, transform, backend)
+    stats = _statistics(scores, rows.target, backend)
     loss = rows.reduce(family(stats, rows.flatten(balance), square))
     return (loss, rows.shaped(stats)) if return_stats else loss
 
@@ -132,6 +144,8 @@ def vocab_stats(
     ignore_index: Integer = -100,
     logit_scale: Number = 1.0,
     softcap: Number | None = None,
+    temperature: Number | Tensor = 1.0,
+    support: MinP | Classes | None = None,
     shift: Integer = 0,
     backend: BackendName | None = None,
 ) -> RowStats:
@@ -148,9 +162,17 @@ def vocab_stats(
         TypeError, ValueError, IndexError, RuntimeError: as :func:`linear_reality_creativity_loss`.
     """
     space = Space.of_logits(logits)
-    transform = validation.transform(logit_scale, softcap, space.dtype)
+    scores = Scores.of(
+        space,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        support=support,
+        ignore_index=ignore_index,
+        shift=shift,
+    )
     flat = space.target(target, ignore_index, shift)
-    stats = _statistics(space, flat, transform, backend)
+    stats = _statistics(scores, flat, backend)
     return _tokens.unflatten(stats, space.tokens, target is not None)
 
 
@@ -197,6 +219,8 @@ def vocab_loss(
     row_weight: Tensor | None = None,
     logit_scale: Number = 1.0,
     softcap: Number | None = None,
+    temperature: Number | Tensor = 1.0,
+    support: MinP | Classes | None = None,
     reduction: Reduction = "mean",
     normalizer: Number | Tensor | None = None,
     shift: Integer = 0,
@@ -217,7 +241,15 @@ def vocab_loss(
         TypeError, ValueError, IndexError, RuntimeError: as :func:`linear_vocab_loss`.
     """
     space = Space.of_logits(logits)
-    transform = validation.transform(logit_scale, softcap, space.dtype)
+    scores = Scores.of(
+        space,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        support=support,
+        ignore_index=ignore_index,
+        shift=shift,
+    )
     validation.flag("return_stats", return_stats, (True, False))
     validation.loss_function(loss_fn, row_args, space.tokens, space.device)
     rows = rows_of(
@@ -230,12 +262,12 @@ def vocab_loss(
         normalizer=normalizer,
         target_required=False,
     )
-    stats = _statistics(space, rows.target, transform, backend)
+    stats = _statistics(scores, rows.target, backend)
     loss = rows.reduce(evaluate(loss_fn, stats, rows.flatten_args(row_args), target is not None))
     return (loss, rows.shaped(stats, target is not None)) if return_stats else loss
 
 
-def _statistics(space: Space, target: TokenTarget, transform: Transform, backend: str | None) -> RowStats:
+def _statistics(scores: Scores, target: TokenTarget, backend: str | None) -> RowStats:
     validation.run_options(backend)
-    arguments = LogitsArguments(**vars(target), **vars(transform), backend=backend)
-    return RowStats(*LogitsVocabStats.apply(space.rows(), *arguments.flat()))
+    arguments = LogitsArguments(**scores.arguments(target), backend=backend)
+    return RowStats(*LogitsVocabStats.apply(scores.space.rows(), *arguments.flat()))

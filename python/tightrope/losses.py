@@ -13,7 +13,7 @@ from .coefficients import RowUpstream
 from .statistics import RowStats, StatGrads
 
 REALITY = ("cross_entropy", "squared_error")
-CREATIVITY = ("entropy", "collision")
+CREATIVITY = ("entropy", "collision", "support_entropy")
 
 
 @group
@@ -42,8 +42,9 @@ class RealityCreativity(Arguments):
         else:
             overlap = keep * stats.target_prob + smoothing / self.vocab_size
             reality = 0.5 * (stats.collision - 2.0 * overlap + target_square)
-        creativity = -stats.entropy if self.creativity == "entropy" else stats.collision.log()
-        return reality, creativity
+        if self.creativity == "collision":
+            return reality, stats.collision.log()
+        return reality, -getattr(stats, self.creativity)
 
     def __call__(self, stats: RowStats, balance: Tensor, target_square: Tensor | None) -> Tensor:
         """The loss of each row, [rows]."""
@@ -70,10 +71,10 @@ class RealityCreativity(Arguments):
         else:
             grads["target_prob"] = -keep * to_reality
             grads["collision"] = 0.5 * to_reality
-        if self.creativity == "entropy":
-            grads["entropy"] = -to_creativity
-        else:
+        if self.creativity == "collision":
             grads["collision"] = grads.get("collision", 0.0) + to_creativity / stats.collision
+        else:
+            grads[self.creativity] = -to_creativity
         if self.z_loss:
             grads["lse"] = 2.0 * self.z_loss * upstream * stats.lse
         if self.logit_l2:
@@ -82,16 +83,16 @@ class RealityCreativity(Arguments):
         return StatGrads(**grads), upstream * (creativity - reality)
 
     def upstream(self, balance: Tensor, upstream: Tensor) -> Tensor:
-        """`gradients` without the statistics: [UPSTREAM, rows], as a fused kernel takes them."""
+        """`gradients` without the statistics: [UPSTREAM, rows], for a fused kernel, which has no set."""
         to_reality, to_creativity = upstream * (1.0 - balance), upstream * balance
         keep = 1.0 - self.label_smoothing
-        cross_entropy, entropy = self.reality == "cross_entropy", self.creativity == "entropy"
+        cross_entropy, collision = self.reality == "cross_entropy", self.creativity == "collision"
         return RowUpstream.of(
             upstream,
             lse_slope=2.0 * self.z_loss * upstream,
             collision=0.0 if cross_entropy else 0.5 * to_reality,
-            collision_rate=0.0 if entropy else to_creativity,
-            entropy=-to_creativity if entropy else 0.0,
+            collision_rate=to_creativity if collision else 0.0,
+            entropy=0.0 if collision else -to_creativity,
             target_prob=0.0 if cross_entropy else -keep * to_reality,
             target_log_prob=-keep * to_reality if cross_entropy else 0.0,
             mean_log_prob=-self.label_smoothing * to_reality if cross_entropy else 0.0,

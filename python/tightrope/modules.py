@@ -16,6 +16,7 @@ from . import validation
 from .functional import linear_reality_creativity_loss
 from .logits import reality_creativity_loss
 from .statistics import RowStats
+from .support import Classes, MinP
 from .targets import TopKTarget
 
 if TYPE_CHECKING:
@@ -58,7 +59,11 @@ class _Loss(nn.Module, Generic[Result]):
         if isinstance(options["class_weight"], Tensor):
             weight = options["class_weight"]
             validation.class_weight(weight, weight.numel(), weight.device, family.reality)
-        validation.transform(options["logit_scale"], options["softcap"], torch.float32)
+        temperature = options["temperature"]
+        number = 1.0 if isinstance(temperature, Tensor) else temperature
+        validation.transform(options["logit_scale"], options["softcap"], torch.float32, number)
+        if not isinstance(options["support"], Classes):
+            validation.support(options["support"], torch.Size(), torch.device("cpu"), "input")
         if not isinstance(options["balance"], Tensor):
             validation.number("balance", options["balance"], low=0.0, high=1.0)
         validation.normalizer(options["normalizer"])
@@ -90,8 +95,9 @@ class LinearRealityCreativityLoss(_Loss[Result]):
     """:func:`tightrope.linear_reality_creativity_loss` as a module.
 
     Args:
-        options: the function's keyword options. ``balance``, ``row_weight`` and ``normalizer`` may also be
-            given, or replaced, at each call. A Parameter becomes the module's, another tensor its buffer.
+        options: the function's keyword options. ``balance``, ``row_weight``, ``normalizer``, ``temperature``
+            and ``support`` may also be given, or replaced, at each call. A Parameter becomes the module's,
+            another tensor its buffer.
 
     Raises:
         TypeError, ValueError: an option is unknown, or not as the function expects.
@@ -130,6 +136,8 @@ class LinearRealityCreativityLoss(_Loss[Result]):
         row_weight: Tensor | None = None,
         logit_scale: Number = 1.0,
         softcap: Number | None = None,
+        temperature: Number | Tensor = 1.0,
+        support: MinP | Classes | None = None,
         z_loss: Number = 0.0,
         logit_l2: Number = 0.0,
         reduction: Reduction = "mean",
@@ -153,9 +161,17 @@ class LinearRealityCreativityLoss(_Loss[Result]):
         balance: Number | Tensor | None = None,
         row_weight: Tensor | None = None,
         normalizer: Number | Tensor | None = None,
+        temperature: Number | Tensor | None = None,
+        support: MinP | Classes | None = None,
     ) -> Tensor | tuple[Tensor, RowStats]:
         """Shapes as in the function; what is given here stands in the place of the module's own."""
-        options = self._merged(balance=balance, row_weight=row_weight, normalizer=normalizer)
+        options = self._merged(
+            balance=balance,
+            row_weight=row_weight,
+            normalizer=normalizer,
+            temperature=temperature,
+            support=support,
+        )
         return linear_reality_creativity_loss(input, weight, target, bias, **options)
 
     if TYPE_CHECKING:  # nn.Module's own says nothing of arguments and result
@@ -170,6 +186,8 @@ class LinearRealityCreativityLoss(_Loss[Result]):
             balance: Number | Tensor | None = None,
             row_weight: Tensor | None = None,
             normalizer: Number | Tensor | None = None,
+            temperature: Number | Tensor | None = None,
+            support: MinP | Classes | None = None,
         ) -> Result: ...
 
 
@@ -212,6 +230,8 @@ class RealityCreativityLoss(_Loss[Result]):
         row_weight: Tensor | None = None,
         logit_scale: Number = 1.0,
         softcap: Number | None = None,
+        temperature: Number | Tensor = 1.0,
+        support: MinP | Classes | None = None,
         z_loss: Number = 0.0,
         logit_l2: Number = 0.0,
         reduction: Reduction = "mean",
@@ -230,9 +250,17 @@ class RealityCreativityLoss(_Loss[Result]):
         balance: Number | Tensor | None = None,
         row_weight: Tensor | None = None,
         normalizer: Number | Tensor | None = None,
+        temperature: Number | Tensor | None = None,
+        support: MinP | Classes | None = None,
     ) -> Tensor | tuple[Tensor, RowStats]:
         """Shapes as in the function; what is given here stands in the place of the module's own."""
-        options = self._merged(balance=balance, row_weight=row_weight, normalizer=normalizer)
+        options = self._merged(
+            balance=balance,
+            row_weight=row_weight,
+            normalizer=normalizer,
+            temperature=temperature,
+            support=support,
+        )
         return reality_creativity_loss(logits, target, **options)
 
     if TYPE_CHECKING:  # nn.Module's own says nothing of arguments and result
@@ -245,4 +273,6 @@ class RealityCreativityLoss(_Loss[Result]):
             balance: Number | Tensor | None = None,
             row_weight: Tensor | None = None,
             normalizer: Number | Tensor | None = None,
+            temperature: Number | Tensor | None = None,
+            support: MinP | Classes | None = None,
         ) -> Result: ...

@@ -11,11 +11,13 @@ from typing import Literal, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
 from torch import Tensor
 
+from .support import Classes, MinP
+
 # A number of Python or numpy, or a tensor of one element.
 Number: TypeAlias = SupportsFloat
 Integer: TypeAlias = SupportsIndex
 Reality: TypeAlias = Literal["cross_entropy", "squared_error"]
-Creativity: TypeAlias = Literal["entropy", "collision"]
+Creativity: TypeAlias = Literal["entropy", "collision", "support_entropy"]
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 Strategy: TypeAlias = Literal["chunked", "streaming"]
 BackendName: TypeAlias = Literal["cpu", "cuda", "triton", "eager"]
@@ -26,6 +28,8 @@ class _Rows(TypedDict, total=False):
     row_weight: Tensor | None
     logit_scale: Number
     softcap: Number | None
+    temperature: Number | Tensor
+    support: MinP | Classes | None
     reduction: Reduction
     normalizer: Number | Tensor | None
     shift: Integer

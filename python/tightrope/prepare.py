@@ -16,11 +16,12 @@ from torch import Tensor
 from . import tokens as _tokens
 from . import validation
 from .ambient import refuse_transforms
-from .arguments import LinearArguments, TokenTarget, Transform
+from .arguments import LinearArguments, SetArguments, TokenTarget, Transform
 from .losses import RealityCreativity
 from .statistics import RowStats
 from .strategies import plan
 from .strategies.problem import arithmetic_dtype
+from .support import DEFAULT, Classes, MinP
 from .targets import Target, TopKTarget
 
 
@@ -67,6 +68,54 @@ class Space:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """How raw logits become logits, and the set of classes that is asked for."""
+
+    space: Space
+    transform: Transform
+    sets: SetArguments
+    temperature: Tensor | None  # of the tokens, where it is not one number
+
+    @classmethod
+    def of(
+        cls,
+        space: Space,
+        *,
+        logit_scale: float,
+        softcap: float | None,
+        temperature: float | Tensor,
+        support: MinP | Classes | None,
+        ignore_index: int,
+        shift: int,
+        creativity: str | None = None,
+    ) -> Scores:
+        """Checked. A set that creativity asks for is the default one where none is given."""
+        temperature = validation.temperature(temperature, space.tokens, space.device)
+        of_rows = isinstance(temperature, Tensor) and (temperature.dim() > 0 or temperature.requires_grad)
+        transform = validation.transform(logit_scale, softcap, space.dtype, 1.0 if of_rows else temperature)
+        if support is None and creativity == "support_entropy":
+            support = DEFAULT
+        validation.support(support, space.tokens, space.device, space.owner)
+        sets = _tokens.flatten_support(
+            support,
+            space.tokens,
+            validation.integer("ignore_index", ignore_index),
+            validation.shift(shift, space.tokens),
+        )
+        return cls(space, transform, sets, temperature if of_rows else None)
+
+    def arguments(self, target: TokenTarget) -> dict[str, object]:
+        """Those fields of `LogitsArguments` that say what rows are scored against, and how."""
+        temperature, space = self.temperature, self.space
+        if temperature is not None:
+            temperature = _tokens.flatten_rows(temperature, space.tokens, None, space.like, space.dtype)
+            if target.valid is not None:
+                temperature = torch.where(target.valid, temperature, 1.0)
+            validation.temperatures(temperature)
+        return {**vars(target), **vars(self.transform), **vars(self.sets), "temperature": temperature}
+
+
+@dataclass(frozen=True)
 class Rows:
     """The rows of a loss: their targets, and what their losses are multiplied by before the sum."""
 
@@ -93,7 +142,8 @@ class Rows:
 
     def shaped(self, stats: RowStats, has_target: bool = True) -> RowStats:
         """Detached statistics in the tokens' shape."""
-        return _tokens.unflatten(RowStats(*(s.detach() for s in stats)), self.space.tokens, has_target)
+        detached = RowStats(*(None if s is None else s.detach() for s in stats))
+        return _tokens.unflatten(detached, self.space.tokens, has_target)
 
 
 def rows_of(
@@ -169,9 +219,8 @@ def target_square(
 
 
 def linear_arguments(
-    space: Space,
+    scores: Scores,
     target: TokenTarget,
-    transform: Transform,
     *,
     skip_ignored: bool | None,
     workspace_mb: float | None,
@@ -179,18 +228,20 @@ def linear_arguments(
     strategy: str | None = None,
 ) -> LinearArguments:
     workspace_mb = validation.run_options(backend, workspace_mb, strategy, skip_ignored)
+    space = scores.space
     # On a GPU skipping needs the count of rows on the host, which a graph capture or a trace cannot give.
     skip = skip_ignored is not False
     if skip and target.valid is not None and space.device.type == "cuda":
         skip = not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
     workspace = plan.workspace_bytes(workspace_mb, space.device)
-    return LinearArguments(**vars(target), **vars(transform), backend=backend, skip=skip, workspace=workspace)
+    return LinearArguments(**scores.arguments(target), backend=backend, skip=skip, workspace=workspace)
 
 
 def choose_strategy(
-    space: Space, arguments: LinearArguments, strategy: str | None, reduction: str, *leaves: Tensor | None
+    arguments: LinearArguments, space: Space, strategy: str | None, reduction: str, *head: Tensor | None
 ) -> str:
     """Chunked needs the upstream gradient to be one number, and the gradient of a leaf to be wanted."""
+    leaves = (*head, arguments.temperature)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     if reduction == "none" or not wanted:
         return "streaming"

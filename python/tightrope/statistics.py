@@ -49,6 +49,22 @@ SUMMARY = (
     "logit_square_sum",
     "target_mass",
 )
+# Statistics of the two sides of a row, a set of classes and the rest, each relative to its own maximum: so
+# nothing is found by subtraction, and both are precise where they hold nearly nothing. Rows of the `sides`
+# tensors, in the order of `Sides` in csrc/row_math.h.
+SIDES = ("set_max", "set_sum_exp", "set_sum_exp_shift", "rest_max", "rest_sum_exp", "rest_sum_exp_shift")
+# Rows that the summary has more where there is a set. The first four normalise the sides' probabilities.
+SIDE_SUMMARY = (
+    "rest_max",
+    "rest_log_sum",
+    "set_max",
+    "set_log_sum",
+    "support_log_mass",
+    "rest_log_mass",
+    "support_entropy",
+)
+# The statistics of a set: fields of `RowStats`.
+OF_SUPPORT = SIDE_SUMMARY[4:]
 
 
 class RowStats(NamedTuple):
@@ -56,8 +72,8 @@ class RowStats(NamedTuple):
 
     Every field has the tokens' shape ``(...)``; floating fields are float32 (float64 if an input is), and
     are 0 for ignored tokens. ``b`` is the target, one-hot for class indices, without label smoothing.
-    The ``target_*`` fields are None where no target was given, which their types leave out: who uses them
-    has given one.
+    The ``target_*`` fields are None where no target was given, and the last three where no ``support`` was,
+    which their types leave out: who uses them has given one.
     """
 
     lse: Tensor  #: log sum_j exp(z_j)
@@ -70,6 +86,16 @@ class RowStats(NamedTuple):
     mean_log_prob: Tensor  #: (1/V) sum_j log p_j, what label smoothing needs
     logit_sum: Tensor  #: sum_j z_j
     logit_square_sum: Tensor  #: sum_j z_j^2
+    #: log of the mass of the set of classes; -inf where it is empty
+    support_log_mass: Tensor = None  # type: ignore[assignment]
+    #: log of the mass of the other classes; -inf where there are none
+    rest_log_mass: Tensor = None  # type: ignore[assignment]
+    #: entropy of p restricted to the set and renormalised, in nats; 0 where the set is empty
+    support_entropy: Tensor = None  # type: ignore[assignment]
+
+
+# The fields that have a gradient.
+FLOATING = tuple(name for name in RowStats._fields if name != "argmax")
 
 
 class StatGrads(NamedTuple):
@@ -84,6 +110,9 @@ class StatGrads(NamedTuple):
     mean_log_prob: Tensor | None = None
     logit_sum: Tensor | None = None
     logit_square_sum: Tensor | None = None
+    support_log_mass: Tensor | None = None
+    rest_log_mass: Tensor | None = None
+    support_entropy: Tensor | None = None
 
 
 def empty_partial(rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -91,6 +120,13 @@ def empty_partial(rows: int, dtype: torch.dtype, device: torch.device) -> tuple[
     partial = torch.zeros(len(PARTIAL), rows, dtype=dtype, device=device)
     partial[0] = -torch.inf
     return partial, torch.full((rows,), -1, dtype=torch.int64, device=device)
+
+
+def empty_sides(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Statistics of two sides of which nothing is seen yet, [SIDES, rows]."""
+    sides = torch.zeros(len(SIDES), rows, dtype=dtype, device=device)
+    sides[::3] = -torch.inf
+    return sides
 
 
 def origin(maximum: Tensor) -> Tensor:
@@ -129,6 +165,51 @@ def merge(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([maximum, *(x + y for x, y in zip(rebase(a), rebase(b)))])
 
 
+def merge_sides(a: Tensor, b: Tensor) -> Tensor:
+    """Statistics [SIDES, rows] of the sides of two disjoint parts of the vocabulary, as one. Associative."""
+    # A maximum and its sums, as in `merge`, for both sides at once.
+    maximum = torch.maximum(a[::3], b[::3])
+
+    def rebase(part: Tensor) -> list[Tensor]:
+        top, s0, s1 = part[::3], part[1::3], part[2::3]
+        shift = (origin(top) - origin(maximum)).clamp_min(LOG_ZERO)
+        scale = torch.where(s0 == 0, 0.0, shift.exp())
+        return [scale * s0, scale * (s1 + shift * s0)]
+
+    sums = [x + y for x, y in zip(rebase(a), rebase(b))]
+    return torch.stack([maximum, *sums], 1).flatten(0, 1)
+
+
+def summarise_sides(sides: Tensor) -> Tensor:
+    """Statistics [SIDES, rows] of whole rows -> [SIDE_SUMMARY, rows].
+
+    The log masses come from the difference of the sides' lse alone: each is precise, whichever side holds
+    nearly everything.
+    """
+    set_max, set_sum, set_shift, rest_max, rest_sum, _ = sides
+    set_max, rest_max = origin(set_max), origin(rest_max)
+    nowhere, everywhere = set_sum == 0, rest_sum == 0
+    # An empty side has no entry that these would normalise.
+    set_log, rest_log = (s.log().masked_fill(s == 0, 0.0) for s in (set_sum, rest_sum))
+    apart = (set_max - rest_max) + (set_log - rest_log)
+    apart = torch.where(nowhere, -torch.inf, torch.where(everywhere, torch.inf, apart))
+    entropy = set_log - torch.where(nowhere, 0.0, set_shift / set_sum.masked_fill(nowhere, 1.0))
+    # Of a row with a NaN nothing is known, the set's part included.
+    unknown = 0.0 * (set_log + rest_log)
+    log_mass = torch.nn.functional.logsigmoid
+    return torch.stack(
+        [
+            rest_max,
+            rest_log,
+            set_max,
+            set_log,
+            log_mass(apart) + unknown,
+            log_mass(-apart) + unknown,
+            entropy + unknown,
+        ]
+    )
+
+
 def summarise(partial: Tensor, *, target_must_occur: bool = False) -> Tensor:
     """Partial statistics of whole rows, [PARTIAL, rows] -> summary [SUMMARY, rows].
 
@@ -157,10 +238,20 @@ def summarise(partial: Tensor, *, target_must_occur: bool = False) -> Tensor:
 
 
 def row_stats(summary: Tensor, argmax: Tensor) -> RowStats:
-    """The public statistics of a summary [SUMMARY, rows], as [rows] vectors."""
-    s = dict(zip(SUMMARY, summary))
+    """The public statistics of a summary [SUMMARY, rows], with SIDE_SUMMARY more rows of a set or without."""
+    s = named(summary)
     return RowStats(
         lse=s["max"] + s["log_sum"],
         argmax=argmax,
-        **{name: s[name].clone() for name in RowStats._fields if name not in ("lse", "argmax")},
+        **{name: s[name].clone() for name in FLOATING if name in s},
     )
+
+
+def summary_rows(with_set: bool) -> int:
+    """How many rows a summary has."""
+    return len(SUMMARY) + (len(SIDE_SUMMARY) if with_set else 0)
+
+
+def named(summary: Tensor) -> dict[str, Tensor]:
+    """The rows of a summary, [rows] each, by their names."""
+    return dict(zip(SUMMARY + SIDE_SUMMARY, summary))

@@ -67,17 +67,13 @@ class Target(TargetArguments):
         for name, indices in (("target", self.index), ("target.indices", self.topk_index)):
             if indices is None or not may_read(indices):
                 continue
-            wrong = (indices >= vocab_size) | ((indices < 0) & (indices != NO_CLASS))
+            wrong = out_of_range(indices, vocab_size)
             if valid is not None and indices is self.index:
                 wrong &= valid
             elif valid is not None:
                 wrong[: self.shift] = False
                 wrong[self.shift :] &= valid[: max(len(valid) - self.shift, 0)].unsqueeze(-1)
-            if wrong.any():
-                raise IndexError(
-                    f"{name}: got class {indices[wrong][0].item()}, expected ignore_index or a class in "
-                    f"[0, {vocab_size})"
-                )
+            refuse_classes(name, indices, wrong, vocab_size)
 
     def in_order(self) -> Target:
         """The same target, with the classes of a top-k target ascending."""
@@ -111,6 +107,20 @@ class Target(TargetArguments):
                 topk_index, index = index.unsqueeze(-1), None
                 topk_prob = torch.ones_like(topk_index, dtype=dtype)
         return TargetChunk(index, dense, topk_index, topk_prob, stop - start, dtype, blend)
+
+
+def out_of_range(indices: Tensor, vocab_size: int) -> Tensor:
+    """Which classes are neither in [0, V) nor ignored."""
+    return (indices >= vocab_size) | ((indices < 0) & (indices != NO_CLASS))
+
+
+def refuse_classes(name: str, indices: Tensor, wrong: Tensor, vocab_size: int) -> None:
+    """Raise IndexError where any of the indices is wrong."""
+    if wrong.any():
+        raise IndexError(
+            f"{name}: got class {indices[wrong][0].item()}, expected ignore_index or a class in "
+            f"[0, {vocab_size})"
+        )
 
 
 class DenseRows:
@@ -190,7 +200,7 @@ class TargetChunk:
             columns = (self.topk_index - start).masked_fill(~inside, 0)
             mass.scatter_add_(-1, columns, (1.0 - smoothing) * self.topk_prob.masked_fill(~inside, 0.0))
             # A class out of range, which only a GPU lets pass.
-            lost = (self.topk_index >= vocab_size) | ((self.topk_index < 0) & (self.topk_index != NO_CLASS))
+            lost = out_of_range(self.topk_index, vocab_size)
             mass.masked_fill_(lost.any(-1, keepdim=True), torch.nan)
         return mass.add_(smoothing / vocab_size).mul_(class_weight[start:stop])
 

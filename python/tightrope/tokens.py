@@ -13,8 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .arguments import TokenTarget
+from .arguments import SetArguments, TokenTarget
 from .statistics import RowStats
+from .support import Classes, MinP, ascending
 from .targets import NO_CLASS, TopKTarget, smoothed_square
 
 
@@ -49,6 +50,20 @@ def flatten_target(
         None if valid is None else valid.reshape(-1).contiguous(),
         shift,
     )
+
+
+def flatten_support(
+    support: MinP | Classes | None, tokens: torch.Size, ignore_index: int, shift: int
+) -> SetArguments:
+    """Rows of a checked set of classes; as an index target they are shifted here."""
+    if support is None:
+        return SetArguments()
+    if isinstance(support, MinP):
+        return SetArguments(min_p=float(support.x))
+    indices = support.indices
+    if shift:
+        indices = _shifted(indices.long().movedim(-1, 0), shift, ignore_index).movedim(0, -1)
+    return SetArguments(classes=ascending(indices, ignore_index).reshape(-1, indices.shape[-1]))
 
 
 def without_weightless(target: TokenTarget, weight: Tensor) -> TokenTarget:
@@ -160,7 +175,7 @@ def row_scale(
 
 def unflatten(stats: RowStats, tokens: torch.Size, has_target: bool) -> RowStats:
     """Statistics of rows [N] in the tokens' shape; None for those of a target that was not given."""
-    shaped = RowStats(*(value.view(tokens) for value in stats))
+    shaped = RowStats(*(None if value is None else value.view(tokens) for value in stats))
     return shaped if has_target else without_target(shaped)
 
 

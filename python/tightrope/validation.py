@@ -21,6 +21,7 @@ from .ambient import may_read
 from .arguments import Transform
 from .backends import BACKENDS
 from .losses import CREATIVITY, REALITY, RealityCreativity
+from .support import Classes, MinP
 from .targets import TopKTarget
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -294,15 +295,75 @@ def ignore_index(value: object, target: object) -> int:
     return value
 
 
-def transform(logit_scale: object, softcap: object, dtype: torch.dtype = torch.float64) -> Transform:
-    """``logit_scale`` and ``softcap`` for an arithmetic of ``dtype``."""
+def transform(
+    logit_scale: object, softcap: object, dtype: torch.dtype = torch.float64, temperature: object = 1.0
+) -> Transform:
+    """``logit_scale``, ``softcap`` and a temperature that is a number, for an arithmetic of ``dtype``.
+
+    ``cap tanh(s x / cap) / T`` is the transform whose scale is ``s / T`` and whose softcap is ``cap / T``.
+    """
+    limits = torch.finfo(dtype)
     scale = number("logit_scale", logit_scale, dtype=dtype)
-    if softcap is None:
-        return Transform(scale, None)
-    cap = number("softcap", softcap, low=0.0, above=True, dtype=dtype)
-    if cap < torch.finfo(dtype).tiny:
-        raise ValueError(f"softcap: got {cap!r}, expected at least {torch.finfo(dtype).tiny:.5g}")
-    return Transform(scale, cap)
+    temperature = number("temperature", temperature, low=0.0, above=True, dtype=dtype)
+    cap = None
+    if softcap is not None:
+        cap = number("softcap", softcap, low=0.0, above=True, dtype=dtype)
+        if cap < limits.tiny:
+            raise ValueError(f"softcap: got {cap!r}, expected at least {limits.tiny:.5g}")
+    if temperature == 1.0:
+        return Transform(scale, cap)
+    ends = [abs(x) / temperature for x in (scale, cap) if x]
+    if not all(limits.tiny <= x <= limits.max for x in ends):
+        raise ValueError(
+            f"temperature: got {temperature!r}, expected one by which logit_scale ({scale:g}) and softcap "
+            f"({cap}) can be divided in {_names([dtype])}"
+        )
+    return Transform(scale / temperature, None if cap is None else cap / temperature)
+
+
+def temperature(value: object, tokens: torch.Size, device: torch.device) -> object | Tensor:
+    """A number as it came, or a tensor that broadcasts to the tokens."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() == 1:
+        if not value.requires_grad and not torch.compiler.is_compiling():
+            return value
+        value = value.reshape(())
+    tensor("temperature", value)
+    per_token("temperature", value, tokens, device)
+    return value
+
+
+def temperatures(rows: Tensor) -> None:
+    """Temperatures [N] of the rows that count, and 1 of the others."""
+    if not may_read(rows) or not rows.numel():
+        return
+    low, high = rows.detach().aminmax()
+    if not (low > 0 and high < math.inf):
+        raise ValueError(
+            f"temperature: got values from {low.item():g} to {high.item():g}, expected finite ones above 0"
+        )
+
+
+def support(value: object, tokens: torch.Size, device: torch.device, owner: str) -> None:
+    """A set of classes, or None; ``owner`` is what has the tokens."""
+    if value is None:
+        return
+    if isinstance(value, MinP):
+        number("support.x", value.x, low=0.0, high=1.0, above=True)
+    elif isinstance(value, Classes):
+        indices = tensor("support.indices", value.indices, INTEGER)
+        if indices.dim() < 1 or indices.shape[:-1] != tokens or indices.shape[-1] < 1:
+            raise ValueError(
+                f"support.indices: got shape {list(indices.shape)}, expected {[*tokens, 'K']} with K of at "
+                "least 1"
+            )
+        same_device(owner, device, **{"support.indices": indices})
+    else:
+        raise TypeError(
+            f"support: got {type(value).__name__}, expected tightrope.MinP(x), tightrope.Classes(indices) or "
+            "None"
+        )
 
 
 def loss_terms(

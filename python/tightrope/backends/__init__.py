@@ -77,6 +77,7 @@ class Backend:
     detail: str
     row_stats: Callable[..., None]
     row_grad: Callable[..., None]
+    row_sides: Callable[..., None]
     row_loss_grad: Callable[..., None] = ops.row_loss_grad
     # (rows, vocab_size, sparse targets a row, dtype of logits, device) -> whether row_loss_grad beats the two
     # others for such whole rows, and may write a narrower gradient into the memory of the logits.
@@ -131,6 +132,7 @@ BACKENDS = {
             _extension_detail,
             torch.ops.tightrope.row_stats,
             torch.ops.tightrope.row_grad,
+            torch.ops.tightrope.row_sides,
         ),
         # Its own row kernels, and Triton's streaming ones.
         Backend(
@@ -140,6 +142,7 @@ BACKENDS = {
             _cuda_extension_detail,
             torch.ops.tightrope.row_stats,
             torch.ops.tightrope.row_grad,
+            torch.ops.tightrope.row_sides,
             torch.ops.tightrope.row_loss_grad,
             _cuda_fuses,
             **_STREAMING,
@@ -153,11 +156,21 @@ BACKENDS = {
             _triton_detail,
             _triton("row_stats"),
             _triton("row_grad"),
+            _triton("row_sides"),
             **_STREAMING,
             narrows=True,
             on_request=("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else (),
         ),
-        Backend("eager", (), True, "plain PyTorch, same chunks", ops.row_stats, ops.row_grad, narrows=True),
+        Backend(
+            "eager",
+            (),
+            True,
+            "plain PyTorch, same chunks",
+            ops.row_stats,
+            ops.row_grad,
+            ops.row_sides,
+            narrows=True,
+        ),
     )
 }
 _warned = False

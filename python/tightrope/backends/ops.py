@@ -8,6 +8,9 @@ dimension; the CUDA kernels take logits whose entries are adjacent); partial [11
 into; index [R] int64 and topk_index [R, K] int64 count from the start of the vocabulary; dense [R, T],
 topk_prob [R, K], bias [T]; active [R] bool: other rows keep their statistics and get zero gradients; norm
 [2, R] (max, log_sum) and coef [7, R] of whole rows; out [R, T], laid out as the logits are, which it may be.
+row_sides merges into sides [6, R] what a tile adds to the two sides of its rows: the set, which is entries of
+at least threshold [R], or those among classes [R, K] int64 (ascending, repeated ones count once), and the
+rest. With a set row_grad takes norm [4, R] and coef [14, R]: those of the rest, then those of the set.
 row_loss_grad takes whole rows: with upstream [11, R] (`RowUpstream`) it writes partial, argmax and out in one
 go; where the backend fuses, an out of a narrower dtype may have the front of each row's memory.
 Arithmetic is float32, float64 for float64 logits; all but logits and out have that dtype.
@@ -20,9 +23,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..arguments import Signature, TargetArguments, TileArguments, Transform
+from ..arguments import SideArguments, Signature, TargetArguments, TileArguments, Transform
 from ..coefficients import RowCoefficients, RowUpstream, row_coefficients
-from ..statistics import LOG_ZERO, SUM_SCALE, empty_partial, merge, origin, scaled_shift, summarise
+from ..statistics import (
+    LOG_ZERO,
+    SUM_SCALE,
+    empty_partial,
+    merge,
+    merge_sides,
+    origin,
+    scaled_shift,
+    summarise,
+)
 
 _library = torch.library.Library("tightrope", "DEF")
 
@@ -34,7 +46,8 @@ def define(name: str, signature: Signature, returns: str, implementation: Callab
     torch.library.register_fake(f"tightrope::{name}", fake, lib=_library)
 
 
-def _transform(raw: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
+def to_logits(raw: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
+    """Logits of raw values [R, T], in the dtype of the arithmetic."""
     logit_scale, softcap = transform.logit_scale, transform.softcap
     u = raw.to(torch.promote_types(raw.dtype, torch.float32))
     if bias is not None:
@@ -42,6 +55,26 @@ def _transform(raw: Tensor, bias: Tensor | None, transform: Transform) -> Tensor
     if logit_scale != 1.0:
         u = u * logit_scale
     return u if softcap is None else softcap * torch.tanh(u / softcap)
+
+
+def to_raw_gradient(grad: Tensor, z: Tensor, transform: Transform) -> Tensor:
+    """dloss/dz [R, T] to dloss/draw, in place."""
+    if transform.softcap is not None:
+        grad *= 1.0 - (z / transform.softcap).square()
+    if transform.logit_scale != 1.0:
+        grad *= transform.logit_scale
+    return grad
+
+
+def _in_set(z: Tensor, offset: int, sides: SideArguments) -> Tensor:
+    """Which entries of a tile are in the set, [R, T]."""
+    if sides.threshold is not None:
+        return z >= sides.threshold.unsqueeze(-1)
+    inside = (sides.classes >= offset) & (sides.classes < offset + z.shape[-1])
+    # What is not in this tile goes to a column of its own.
+    columns = (sides.classes - offset).masked_fill(~inside, z.shape[-1])
+    members = torch.zeros(z.shape[0], z.shape[-1] + 1, dtype=torch.bool, device=z.device)
+    return members.scatter_(-1, columns, True)[:, :-1]
 
 
 def _sparse_target(z: Tensor, offset: int, target: TargetArguments) -> tuple[Tensor, Tensor] | None:
@@ -60,7 +93,7 @@ def row_stats(logits, partial, argmax, offset, *arguments) -> None:
     if logits.shape[-1] == 0:
         return
     tile = TileArguments(*arguments)
-    z = _transform(logits, tile.bias, tile)
+    z = to_logits(logits, tile.bias, tile)
     top, best = z.max(-1)
     start = origin(top).unsqueeze(-1)
     d = z - start
@@ -103,12 +136,36 @@ def row_stats(logits, partial, argmax, offset, *arguments) -> None:
     partial.copy_(merged)
 
 
-def row_grad(logits, out, norm, coef, offset, *arguments) -> None:
+def row_sides(logits, sides, offset, threshold, classes, *arguments) -> None:
+    """Merge the statistics of the two sides of a tile into sides; see the top of this file."""
+    if logits.shape[-1] == 0:
+        return
+    tile = TileArguments(*arguments)
+    z = to_logits(logits, tile.bias, tile)
+    members = _in_set(z, offset, SideArguments(threshold, classes))
+    part = []
+    for outside in (~members, members):
+        top = z.masked_fill(outside, -torch.inf).amax(-1)
+        d = z - origin(top).unsqueeze(-1)
+        e = d.exp().masked_fill_(outside, 0.0)
+        part += [top, e.sum(-1), d.clamp_(min=LOG_ZERO).mul_(e).masked_fill_(outside, 0.0).sum(-1)]
+    merged = merge_sides(sides, torch.stack(part))
+    sides.copy_(merged if tile.active is None else torch.where(tile.active, merged, sides))
+
+
+def row_grad(logits, out, norm, coef, offset, threshold, classes, *arguments) -> None:
     """Write dloss/dlogits of a tile to out; see the top of this file."""
     tile = TileArguments(*arguments)
-    z = _transform(logits, tile.bias, tile)
-    c = RowCoefficients(*coef.unsqueeze(-1))
-    log_p = (z - norm[0].unsqueeze(-1)) - norm[1].unsqueeze(-1)
+    z = to_logits(logits, tile.bias, tile)
+    if len(norm) == 2:
+        top, log_sum = norm.unsqueeze(-1)
+        c = RowCoefficients(*coef.unsqueeze(-1))
+    else:
+        members = _in_set(z, offset, SideArguments(threshold, classes))
+        top, log_sum = (torch.where(members, s, rest) for rest, s in norm.view(2, 2, -1, 1).unbind(1))
+        both = coef.view(2, len(RowCoefficients._fields), -1, 1)
+        c = RowCoefficients(*(torch.where(members, s, rest) for rest, s in both.unbind(1)))
+    log_p = (z - top) - log_sum
     p = log_p.exp()
     grad = p * (c.prob + c.prob_log_prob * log_p.masked_fill(p == 0, 0.0) + c.prob_square * p)
     sparse = _sparse_target(z, offset, tile)
@@ -116,13 +173,11 @@ def row_grad(logits, out, norm, coef, offset, *arguments) -> None:
         grad += tile.dense * (c.target + c.target_prob * p)
     elif sparse is not None:
         columns, b = sparse
-        grad.scatter_add_(-1, columns, b * (c.target + c.target_prob * p.gather(-1, columns)))
+        t, r = (x if x.shape[-1] == 1 else x.gather(-1, columns) for x in (c.target, c.target_prob))
+        grad.scatter_add_(-1, columns, b * (t + r * p.gather(-1, columns)))
     # Skipped when absent, not multiplied by zero: a masked entry has z = -inf.
     grad += torch.where(c.logit == 0, 0.0, c.logit * z) + c.constant
-    if tile.softcap is not None:
-        grad *= 1.0 - (z / tile.softcap).square()
-    if tile.logit_scale != 1.0:
-        grad *= tile.logit_scale
+    grad = to_raw_gradient(grad, z, tile)
     if tile.active is not None:
         grad.masked_fill_(~tile.active.unsqueeze(-1), 0.0)
     out.copy_(grad)
@@ -135,7 +190,7 @@ def row_loss_grad(logits, out, partial, argmax, upstream, *arguments) -> None:
     row_stats(logits, fresh, best, 0, *arguments)
     summary = summarise(fresh, target_must_occur=tile.index is not None)
     coef = row_coefficients(summary, RowUpstream(*upstream).at(summary), logits.shape[-1])
-    row_grad(logits, out, summary[:2], coef, 0, *arguments)
+    row_grad(logits, out, summary[:2], coef, 0, *SideArguments().flat(), *arguments)
     if tile.active is not None:
         fresh, best = torch.where(tile.active, fresh, partial), torch.where(tile.active, best, argmax)
     partial.copy_(fresh)
@@ -156,8 +211,15 @@ define(
     _fake,
 )
 define(
+    "row_sides",
+    Signature("Tensor logits", "Tensor(b!) sides", "int offset", SideArguments, TileArguments),
+    "()",
+    row_sides,
+    _fake,
+)
+define(
     "row_grad",
-    Signature(*_OUT, "Tensor norm", "Tensor coef", "int offset", TileArguments),
+    Signature(*_OUT, "Tensor norm", "Tensor coef", "int offset", SideArguments, TileArguments),
     "()",
     row_grad,
     _fake,

@@ -39,15 +39,20 @@ class Needs(Arguments):
     input_grad: bool
     weight_grad: bool
     bias_grad: bool
+    temperature_grad: bool = False
 
 
 @group
 class Gradients(Arguments):
-    """The gradients of input [N, D], weight [V, D] and bias [V], or None; in the dtype of the arithmetic."""
+    """The gradients of input [N, D], weight [V, D], bias [V] and temperature [N], or None.
+
+    In the dtype of the arithmetic.
+    """
 
     to_input: Tensor | None
     to_weight: Tensor | None
     to_bias: Tensor | None
+    to_temperature: Tensor | None
 
     @classmethod
     def unwritten(cls, problem: LinearProblem, needs: Needs, chunks: int) -> Gradients:
@@ -58,7 +63,9 @@ class Gradients(Arguments):
         to_input = make(problem.input.shape, **like) if needs.input_grad else None
         make = torch.empty if chunks else torch.zeros
         to_weight = make(problem.weight.shape, **like) if needs.weight_grad else None
-        return cls(to_input, to_weight, torch.zeros(problem.vocab_size, **like) if needs.bias_grad else None)
+        to_bias = torch.zeros(problem.vocab_size, **like) if needs.bias_grad else None
+        to_temperature = torch.zeros(problem.rows.total, **like) if needs.temperature_grad else None
+        return cls(to_input, to_weight, to_bias, to_temperature)
 
 
 class Record:
@@ -140,7 +147,7 @@ def loss_and_gradients(
     record, gradients = Record(problem), Gradients.unwritten(problem, needs, len(how.chunks))
     with borrow(how.elements, problem.dtype, problem.device) as memory:
         for start, stop in how.chunks:
-            chunk = problem.rows.chunk(start, stop, problem.target, problem.dtype)
+            chunk = problem.chunk(start, stop)
             hidden = problem.hidden(chunk)
             if how.fused:
                 logits = memory[: chunk.size * how.stride].view(chunk.size, how.stride)
@@ -165,7 +172,7 @@ def _fused(
         multiply(hidden, problem.head(*tile).t(), logits[:, tile[0] : tile[1]], rows="m")
     partial, argmax = problem.new_partial(chunk.size)
     gradient = problem.row_loss_grad(logits, partial, argmax, ahead, chunk)
-    return problem.summarise(partial, chunk), argmax, (gradient[:, start:stop] for start, stop in tiles)
+    return problem.summarise(partial, None, chunk), argmax, (gradient[:, start:stop] for start, stop in tiles)
 
 
 def chunk_statistics(
@@ -174,9 +181,17 @@ def chunk_statistics(
     """Fill the memory with a chunk's logits, tile by tile; gives summary [SUMMARY, n] and argmax [n]."""
     partial, argmax = problem.new_partial(chunk.size)
     for tile in problem.tiles(chunk.size):
-        raw = problem.raw_logits(hidden, problem.head(*tile), memory[chunk.size * tile[0] :])
+        part = memory[chunk.size * tile[0] :]
+        raw = problem.raw_logits(hidden, problem.head(*tile), part, chunk, tile)
         problem.row_stats(raw, partial, argmax, chunk, tile)
-    return problem.summarise(partial, chunk), argmax
+    sides = None
+    if chunk.sets is not None:
+        # Once more over the logits, since a set may be named by the maximum of the row.
+        sides, which = problem.new_sides(chunk), chunk.sets.sides(partial[0])
+        for tile in problem.tiles(chunk.size):
+            raw = problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0])
+            problem.row_sides(raw, sides, which, chunk, tile)
+    return problem.summarise(partial, sides, chunk), argmax
 
 
 def chunk_gradients(
@@ -189,15 +204,18 @@ def chunk_gradients(
     gradients: Gradients,
 ) -> None:
     """Add what a chunk contributes to the gradients; memory holds its logits, and is overwritten."""
-    norm = summary[:2].contiguous()
     coef, undo = headroom(coef, problem.operand)
+    to_rows = None if gradients.to_temperature is None else summary.new_zeros(chunk.size)
+    form = problem.form(chunk, summary, coef, to_rows)
 
     def gradient(tile: tuple[int, int]) -> Tensor:
         raw = problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0])
-        return problem.row_grad(raw, norm, coef, chunk, tile)
+        return problem.row_grad(raw, form, chunk, tile)
 
     grads = map(gradient, problem.tiles(chunk.size))
     _multiply(problem, chunk, hidden, grads, undo, gradients)
+    if to_rows is not None:
+        gradients.to_temperature[chunk.where] = to_rows if undo is None else to_rows * undo
 
 
 def _multiply(
@@ -212,7 +230,7 @@ def _multiply(
 
     undo: what undoes the scale of grads, if they have one.
     """
-    to_input, to_weight, to_bias = gradients.flat()
+    to_input, to_weight, to_bias, _ = gradients.flat()
     in_place = isinstance(chunk.where, slice)
     first = chunk.start == 0
     if to_input is not None:

@@ -18,7 +18,7 @@ def _chunks(problem: LogitsProblem) -> Iterator[tuple[Chunk, Tensor]]:
         problem.rows.total, max(1, plan.sizes(problem.device).dense_logits // vocab_size)
     ):
         logits = problem.logits[start:stop]
-        chunk = problem.rows.chunk(start, stop, problem.target, problem.dtype)
+        chunk = problem.chunk(start, stop)
         yield chunk, logits if logits.stride(1) == 1 or vocab_size == 1 else logits.contiguous()
 
 
@@ -28,19 +28,27 @@ def statistics(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
     summary, argmax = problem.empty_summary()
     for chunk, logits in _chunks(problem):
         partial, best = problem.new_partial(chunk.size)
-        arguments = problem.tile_arguments(chunk, (0, logits.shape[1]))
-        problem.backend.row_stats(logits, partial, best, 0, *arguments)
-        summary[:, chunk.where] = problem.summarise(partial, chunk)
+        tile = (0, problem.vocab_size)
+        scored = problem.tempered(logits, chunk, tile)
+        problem.row_stats(scored, partial, best, chunk, tile)
+        sides = None
+        if chunk.sets is not None:
+            sides = problem.new_sides(chunk)
+            problem.row_sides(scored, sides, chunk.sets.sides(partial[0]), chunk, tile)
+        summary[:, chunk.where] = problem.summarise(partial, sides, chunk)
         argmax[chunk.where] = best
     return summary, argmax
 
 
-def gradient(problem: LogitsProblem, summary: Tensor, coef: Tensor) -> Tensor:
-    """Gradient of the logits [N, V], from the coefficients [7, N] of every row."""
+def gradient(problem: LogitsProblem, summary: Tensor, coef: Tensor, to_temperature: Tensor | None) -> Tensor:
+    """Gradient of the logits [N, V], from the coefficients [7 or 14, N] of every row.
+
+    to_temperature [N] or None: where that of the temperatures is added.
+    """
     out = torch.empty_like(problem.logits, memory_format=torch.contiguous_format)
     for chunk, logits in _chunks(problem):
-        norm = summary[:2, chunk.where].contiguous()
-        part = coef[:, chunk.where].contiguous()
-        arguments = problem.tile_arguments(chunk, (0, logits.shape[1]))
-        problem.backend.row_grad(logits, out[chunk.where], norm, part, 0, *arguments)
+        where = chunk.where
+        to_rows = None if to_temperature is None else to_temperature[where]
+        form = problem.form(chunk, summary[:, where], coef[:, where].contiguous(), to_rows)
+        problem.row_grad(logits, out[where], form, chunk)
     return out

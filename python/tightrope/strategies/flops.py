@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ambient import has_values
+from ..support import RowSets
 from . import ops
 
 
@@ -29,7 +30,8 @@ def _counted(input: Tensor, arguments) -> int:
 
 
 def _linear_stats(input, weight, bias, arguments):
-    return _products(_counted(input, arguments), weight, 1)
+    # For a set of classes the logits are made twice.
+    return _products(_counted(input, arguments), weight, 1 if RowSets.of(arguments) is None else 2)
 
 
 def _linear_stats_backward(summary, coef, needs, input, weight, bias, arguments):
@@ -45,7 +47,7 @@ def _chunk_stats(memory, span, input, weight, bias, arguments):
 
 
 def _chunk_gradients(
-    memory, summary, coef, span, to_input, to_weight, to_bias, input, weight, bias, arguments
+    memory, summary, coef, span, to_input, to_weight, to_bias, to_temperature, input, weight, bias, arguments
 ):
     return _products(span.stop - span.start, weight, (to_input is not None) + (to_weight is not None))
 

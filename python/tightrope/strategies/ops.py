@@ -17,7 +17,8 @@ from .. import backends
 from ..arguments import Arguments, LinearArguments, LogitsArguments, Signature, Transform, group
 from ..backends.ops import define
 from ..losses import RealityCreativity
-from ..statistics import SUMMARY
+from ..statistics import summary_rows
+from ..support import RowSets
 from ..targets import Target
 from . import chunked, dense, streaming
 from .chunked import Gradients, Needs, Upstream
@@ -56,36 +57,48 @@ def linear_problem(
 
     rows: those that are worked on, where that is known already.
     """
-    target = arguments.part(Target)
     if rows is None:
         rows = Rows.of(input.shape[0], arguments.valid, arguments.skip)
-    target.check_range(arguments.valid, weight.shape[0])
-    backend = backends.resolve(arguments.backend, input.device)
-    return LinearProblem(input, weight, bias, target, rows, arguments.part(Transform), backend)
+    return LinearProblem(input, weight, bias, rows=rows, **_scoring(arguments, weight.shape[0], input.device))
 
 
 def _logits_problem(logits: Tensor, arguments: LogitsArguments) -> LogitsProblem:
-    target = arguments.part(Target)
-    target.check_range(arguments.valid, logits.shape[1])
     rows = Rows.of(logits.shape[0], arguments.valid, skip=False)
-    backend = backends.resolve(arguments.backend, logits.device)
-    return LogitsProblem(logits, target, rows, arguments.part(Transform), backend)
+    return LogitsProblem(logits, rows=rows, **_scoring(arguments, logits.shape[1], logits.device))
+
+
+def _scoring(arguments: LogitsArguments, vocab_size: int, device: torch.device) -> dict[str, object]:
+    """The fields that both kinds of problem have."""
+    target, sets = arguments.part(Target), RowSets.of(arguments)
+    target.check_range(arguments.valid, vocab_size)
+    if sets is not None:
+        sets.check_range(arguments.valid, vocab_size)
+    return {
+        "target": target,
+        "sets": sets,
+        "transform": arguments.part(Transform),
+        "temperature": arguments.temperature,
+        "backend": backends.resolve(arguments.backend, device),
+    }
 
 
 def _given(gradients, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if g is None else g for g in gradients)
 
 
-def _fake_statistics(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return (
-        rows.new_empty((len(SUMMARY), rows.shape[0]), dtype=dtype),
-        rows.new_empty((rows.shape[0],), dtype=torch.int64),
-    )
+def _fake_statistics(
+    rows: int, like: Tensor, arguments: LogitsArguments, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    count = summary_rows(RowSets.of(arguments) is not None)
+    return like.new_empty((count, rows), dtype=dtype), like.new_empty((rows,), dtype=torch.int64)
 
 
-def _fake_gradients(needs: Needs, tensors, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+def _fake_gradients(
+    needs: Needs, input, weight, bias, arguments: LinearArguments, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    tensors = (input, weight, bias, arguments.temperature)
     return tuple(
-        t.new_empty(t.shape, dtype=dtype or t.dtype) if need else tensors[0].new_empty(0)
+        t.new_empty(t.shape, dtype=dtype or t.dtype) if need else input.new_empty(0)
         for need, t in zip(needs.flat(), tensors)
     )
 
@@ -98,18 +111,19 @@ def _linear_stats(input, weight, bias, arguments: LinearArguments) -> tuple[Tens
 
 
 def _linear_stats_fake(input, weight, bias, arguments):
-    return _fake_statistics(input, arithmetic_dtype(input, weight, bias))
+    dtype = arithmetic_dtype(input, weight, bias)
+    return _fake_statistics(input.shape[0], input, arguments, dtype)
 
 
 def _linear_stats_backward(summary, coef, needs: Needs, input, weight, bias, arguments: LinearArguments):
-    """Gradients of input, weight and bias, in their dtypes, from the coefficients [7, N] of every row."""
+    """Gradients of input, weight, bias and temperature, in their dtypes, from coefficients [7 or 14, N]."""
     problem = linear_problem(input, weight, bias, arguments)
     with exact_products(input.device):
-        return _given(streaming.gradients(problem, summary, coef, needs, arguments.workspace), input)
+        return _given(streaming.gradients(problem, summary, coef, needs, arguments.workspace).flat(), input)
 
 
 def _linear_stats_backward_fake(summary, coef, needs, input, weight, bias, arguments):
-    return _fake_gradients(needs, (input, weight, bias))
+    return _fake_gradients(needs, input, weight, bias, arguments)
 
 
 def _linear_loss(
@@ -126,8 +140,8 @@ def _linear_loss(
     """The whole chunk loop of the built-in losses.
 
     Gives the loss of each row [N], summary [SUMMARY, N], argmax [N], and the gradients of
-    ``sum(row_scale * loss)`` with respect to input, weight, bias (in the dtype of the arithmetic: the one
-    rounding comes after the upstream gradient is known) and balance [N].
+    ``sum(row_scale * loss)`` with respect to input, weight, bias, temperature (in the dtype of the
+    arithmetic: the one rounding comes after the upstream gradient is known) and balance [N].
     """
     problem = linear_problem(input, weight, bias, arguments)
     upstream = _upstream(family, row_scale, balance, target_square)
@@ -158,8 +172,8 @@ def _linear_loss_fake(row_scale, balance, target_square, family, needs, input, w
     dtype = arithmetic_dtype(input, weight, bias)
     return (
         torch.empty_like(row_scale),
-        *_fake_statistics(input, dtype),
-        *_fake_gradients(needs, (input, weight, bias), dtype),
+        *_fake_statistics(input.shape[0], input, arguments, dtype),
+        *_fake_gradients(needs, input, weight, bias, arguments, dtype),
         torch.empty_like(row_scale),
     )
 
@@ -178,7 +192,7 @@ def _chunk(input, weight, bias, arguments: LinearArguments, span: Span):
     active = arguments.valid if span.kept is None else None
     rows = Rows(input.shape[0], span.kept, active)
     problem = linear_problem(input, weight, bias, arguments, rows)
-    chunk = rows.chunk(span.start, span.stop, problem.target, problem.dtype)
+    chunk = problem.chunk(span.start, span.stop)
     return problem, chunk, problem.hidden(chunk)
 
 
@@ -189,15 +203,26 @@ def _chunk_stats(memory, span: Span, input, weight, bias, arguments: LinearArgum
 
 
 def _chunk_stats_fake(memory, span, input, weight, bias, arguments):
-    rows = input.new_empty((span.stop - span.start, 0))
-    return _fake_statistics(rows, arithmetic_dtype(input, weight, bias))
+    dtype = arithmetic_dtype(input, weight, bias)
+    return _fake_statistics(span.stop - span.start, input, arguments, dtype)
 
 
 def _chunk_gradients(
-    memory, summary, coef, span: Span, to_input, to_weight, to_bias, input, weight, bias, arguments
+    memory,
+    summary,
+    coef,
+    span: Span,
+    to_input,
+    to_weight,
+    to_bias,
+    to_temperature,
+    input,
+    weight,
+    bias,
+    arguments,
 ) -> None:
-    """Add to the gradients what the chunk contributes whose logits memory holds; coef [7, n]."""
-    gradients = Gradients(to_input, to_weight, to_bias)
+    """Add to the gradients what the chunk contributes whose logits memory holds; coef [7 or 14, n]."""
+    gradients = Gradients(to_input, to_weight, to_bias, to_temperature)
     with exact_products(input.device):
         chunk = _chunk(input, weight, bias, arguments, span)
         chunked.chunk_gradients(*chunk, memory, summary, coef, gradients)
@@ -211,18 +236,25 @@ def _logits_stats(logits, arguments: LogitsArguments) -> tuple[Tensor, Tensor]:
 
 
 def _logits_stats_fake(logits, arguments):
-    return _fake_statistics(logits, arithmetic_dtype(logits))
+    return _fake_statistics(logits.shape[0], logits, arguments, arithmetic_dtype(logits))
 
 
-def _logits_stats_backward(summary, coef, logits, arguments: LogitsArguments) -> Tensor:
-    """Gradient of the logits [N, V] from the coefficients [7, N] of every row."""
+def _logits_stats_backward(
+    summary, coef, temperature_grad: bool, logits, arguments: LogitsArguments
+) -> tuple[Tensor, Tensor]:
+    """Gradients of logits [N, V] and of temperature [N] from the coefficients of every row."""
     problem = _logits_problem(logits, arguments)
+    to_temperature = summary.new_zeros(logits.shape[0]) if temperature_grad else None
     with exact_products(logits.device):
-        return dense.gradient(problem, summary, coef)
+        gradient = dense.gradient(problem, summary, coef, to_temperature)
+    if to_temperature is not None:
+        to_temperature = to_temperature.to(arguments.temperature.dtype)
+    return _given((gradient, to_temperature), logits)
 
 
-def _logits_stats_backward_fake(summary, coef, logits, arguments):
-    return logits.new_empty(logits.shape)
+def _logits_stats_backward_fake(summary, coef, temperature_grad, logits, arguments):
+    to_temperature = torch.empty_like(arguments.temperature) if temperature_grad else logits.new_empty(0)
+    return logits.new_empty(logits.shape), to_temperature
 
 
 SIGNATURES: dict[str, Signature] = {}
@@ -245,7 +277,7 @@ def _nothing(*_) -> None:
 
 
 _STATISTICS = "(Tensor summary, Tensor argmax)"
-_GRADIENTS = "Tensor to_input, Tensor to_weight, Tensor to_bias"
+_GRADIENTS = "Tensor to_input, Tensor to_weight, Tensor to_bias, Tensor to_temperature"
 linear_stats = _define("linear_stats", Signature(*_HEAD), _STATISTICS, _linear_stats, _linear_stats_fake)
 linear_stats_backward = _define(
     "linear_stats_backward",
@@ -266,8 +298,8 @@ linear_loss = _define(
 logits_stats = _define("logits_stats", Signature(*_LOGITS), _STATISTICS, _logits_stats, _logits_stats_fake)
 logits_stats_backward = _define(
     "logits_stats_backward",
-    Signature("Tensor summary", "Tensor coef", *_LOGITS),
-    "Tensor",
+    Signature("Tensor summary", "Tensor coef", "bool temperature_grad", *_LOGITS),
+    "(Tensor to_logits, Tensor to_temperature)",
     _logits_stats_backward,
     _logits_stats_backward_fake,
 )
@@ -288,6 +320,7 @@ chunk_gradients = _define(
         "Tensor(b!)? to_input",
         "Tensor(c!)? to_weight",
         "Tensor(d!)? to_bias",
+        "Tensor(e!)? to_temperature",
         *_HEAD,
     ),
     "()",

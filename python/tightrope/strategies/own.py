@@ -17,15 +17,12 @@ from torch import Tensor
 from ..ambient import has_values, may_read
 from ..arguments import LinearArguments
 from ..coefficients import row_coefficients
-from ..statistics import RowStats, StatGrads
+from ..statistics import FLOATING, RowStats, StatGrads
 from ..tokens import without_target
 from . import ops
 from .chunked import Gradients, Needs, Plan, Record
 from .problem import Rows
 from .workspace import borrow
-
-# Of the statistics' fields, those that have a gradient, in the order of RowStats.
-FLOATING = [name for name in RowStats._fields if name != "argmax"]
 
 
 def loss_and_gradients(
@@ -52,7 +49,7 @@ def loss_and_gradients(
     kept = borrow if has_values(input) else _fresh
     with kept(how.elements, *place) as memory:
         for start, stop in how.chunks:
-            chunk = problem.rows.chunk(start, stop, problem.target, problem.dtype)
+            chunk = problem.chunk(start, stop)
             span = ops.Span(rows.kept, start, stop)
             summary, argmax = ops.chunk_stats(memory, span, input, weight, bias, arguments)
             grads = record.add(chunk, summary, argmax, differentiate)
@@ -74,7 +71,16 @@ def evaluate(
     """A user's loss of some rows, checked, in the dtype of the statistics."""
     if not has_target:
         stats = without_target(stats)
-    loss = loss_fn(stats, *row_args)
+    try:
+        loss = loss_fn(stats, *row_args)
+    except (AttributeError, TypeError) as error:
+        missing = [name for name, value in stats._asdict().items() if value is None]
+        if "NoneType" not in str(error) or not missing:
+            raise
+        raise ValueError(
+            f"loss_fn: failed ({error}), and {', '.join(missing)} are None; expected a loss of the others, "
+            "or support= for the mass and entropy of a set of classes, and a target for target_*"
+        ) from error
     rows = stats.lse.shape[0]
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_fn: returned {type(loss).__name__}, expected a tensor of shape [{rows}]")
@@ -100,7 +106,8 @@ def _differentiate(
 
     def upstream(stats: RowStats, chunk):
         with torch.enable_grad():
-            leaves = {name: getattr(stats, name).detach().requires_grad_() for name in FLOATING}
+            given = {name: getattr(stats, name) for name in FLOATING}
+            leaves = {k: v.detach().requires_grad_() for k, v in given.items() if v is not None}
             args = [arg.detach()[chunk.where].requires_grad_(need) for arg, need in zip(row_args, args_need)]
             loss = evaluate(loss_fn, stats._replace(**leaves), tuple(args), has_target)
             inputs = [*leaves.values(), *(a for a in args if a.requires_grad)]
@@ -110,7 +117,7 @@ def _differentiate(
                 grads = torch.autograd.grad(total, inputs, allow_unused=True)
             else:
                 grads = [None] * len(inputs)
-        to_stats = StatGrads(*grads[: len(leaves)])
+        to_stats = StatGrads(**dict(zip(leaves, grads)))
         rest = iter(grads[len(leaves) :])
         to_args = []
         for arg in args:

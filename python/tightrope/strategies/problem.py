@@ -13,10 +13,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..arguments import TileArguments, Transform
+from ..arguments import SideArguments, TileArguments, Transform
 from ..backends import Backend
-from ..statistics import SUMMARY, empty_partial, summarise
-from ..targets import Target, TargetChunk
+from ..backends.ops import to_logits, to_raw_gradient
+from ..statistics import (
+    SUMMARY,
+    empty_partial,
+    empty_sides,
+    summarise,
+    summarise_sides,
+    summary_rows,
+)
+from ..support import RowSets
+from ..targets import Target, TargetChunk, out_of_range
 from . import plan
 from .gemm import multiply, widens
 
@@ -30,6 +39,8 @@ class Chunk:
     where: slice | Tensor  # into tensors of all N rows
     target: TargetChunk
     active: Tensor | None  # [size] bool; None: all
+    sets: RowSets | None
+    temperature: Tensor | None  # [size, 1]
 
 
 @dataclass(frozen=True)
@@ -57,14 +68,37 @@ class Rows:
     def count(self) -> int:
         return self.total if self.kept is None else self.kept.numel()
 
-    def chunk(self, start: int, stop: int, target: Target, dtype: torch.dtype) -> Chunk:
-        where = slice(start, stop) if self.kept is None else self.kept[start:stop]
-        active = None if self.active is None else self.active[start:stop]
-        return Chunk(start, stop - start, where, target.chunk(start, stop, self.kept, dtype), active)
+    def where(self, start: int, stop: int) -> slice | Tensor:
+        """Where those that are worked on stand among all."""
+        return slice(start, stop) if self.kept is None else self.kept[start:stop]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the gradients of a chunk's logits are made of, beside the logits."""
+
+    norm: Tensor  # [2, n]: maximum and log of the sum; with sets [4, n], of the rest and of the set
+    coef: Tensor  # [7, n], or [14, n]
+    sides: SideArguments
+    to_temperature: Tensor | None  # [n]: the gradient of temperatures, which is added to
 
 
 class _Scored:
-    """What the two kinds of problem share: how a chunk's statistics end, and what row kernels cannot take."""
+    """What the two kinds of problem share: a chunk's targets and statistics, and what row kernels take."""
+
+    def chunk(self, start: int, stop: int) -> Chunk:
+        """Rows start:stop of those that are worked on."""
+        rows = self.rows
+        where = rows.where(start, stop)
+        return Chunk(
+            start,
+            stop - start,
+            where,
+            self.target.chunk(start, stop, rows.kept, self.dtype),
+            None if rows.active is None else rows.active[start:stop],
+            None if self.sets is None else self.sets.chunk(where),
+            None if self.temperature is None else self.temperature[where].unsqueeze(-1),
+        )
 
     def check_topk(self) -> None:
         """Raise ValueError where the backend's row primitives take fewer entries of a top-k target."""
@@ -78,20 +112,67 @@ class _Scored:
     def empty_summary(self) -> tuple[Tensor, Tensor]:
         """Summary [SUMMARY, N] and argmax [N] of rows none of which counts."""
         total, device = self.rows.total, self.device
-        summary = torch.zeros(len(SUMMARY), total, dtype=self.dtype, device=device)
+        summary = torch.zeros(summary_rows(self.sets is not None), total, dtype=self.dtype, device=device)
         return summary, torch.full((total,), -1, dtype=torch.int64, device=device)
 
-    def tile_arguments(self, chunk: Chunk, tile: tuple[int, int], bias: Tensor | None = None) -> tuple:
+    def tile_arguments(self, chunk: Chunk, tile: tuple[int, int]) -> tuple:
         """The flat `TileArguments` of a chunk of rows and a tile of the vocabulary."""
-        parts = {**vars(chunk.target.tile(*tile)), **vars(self.transform)}
-        return TileArguments(**parts, bias=bias, active=chunk.active).flat()
+        target, active = chunk.target.tile(*tile), chunk.active
+        if chunk.temperature is not None:  # `tempered` has made logits of them
+            return TileArguments(**vars(target), active=active).flat()
+        bias = self.head_bias(*tile)
+        return TileArguments(**vars(target), **vars(self.transform), bias=bias, active=active).flat()
+
+    def head_bias(self, start: int, stop: int) -> Tensor | None:
+        return None
+
+    def tempered(self, raw: Tensor, chunk: Chunk, tile: tuple[int, int]) -> Tensor:
+        """Raw values as the row primitives take them; where each row has a temperature, its logits."""
+        if chunk.temperature is None:
+            return raw
+        return to_logits(raw, self.head_bias(*tile), self.transform) / chunk.temperature
+
+    def cooled(self, z: Tensor, grad: Tensor, chunk: Chunk, to_temperature: Tensor | None) -> Tensor:
+        """dloss/dz of tempered logits to dloss/draw, in place; adds to the gradient of temperatures [n]."""
+        if to_temperature is not None:
+            product = torch.where(grad == 0, 0.0, grad * z)
+            to_temperature -= (product / chunk.temperature).sum(-1)
+        return to_raw_gradient(grad.div_(chunk.temperature), z * chunk.temperature, self.transform)
+
+    def row_stats(
+        self, raw: Tensor, partial: Tensor, argmax: Tensor, chunk: Chunk, tile: tuple[int, int]
+    ) -> None:
+        self.backend.row_stats(raw, partial, argmax, tile[0], *self.tile_arguments(chunk, tile))
+
+    def row_sides(
+        self, raw: Tensor, sides: Tensor, which: SideArguments, chunk: Chunk, tile: tuple[int, int]
+    ) -> None:
+        arguments = self.tile_arguments(chunk, tile)
+        self.backend.row_sides(raw, sides, tile[0], *which.flat(), *arguments)
 
     def new_partial(self, rows: int) -> tuple[Tensor, Tensor]:
         return empty_partial(rows, self.dtype, self.device)
 
-    def summarise(self, partial: Tensor, chunk: Chunk) -> Tensor:
-        """Partial statistics of a chunk to its summary; zeros for rows that do not count."""
+    def new_sides(self, chunk: Chunk) -> Tensor:
+        """Sides of which nothing is seen yet; NaN where a set names a class out of range."""
+        sides = empty_sides(chunk.size, self.dtype, self.device)
+        if chunk.sets.classes is not None:
+            lost = out_of_range(chunk.sets.classes, self.vocab_size).any(-1)
+            sides[0].masked_fill_(lost, torch.nan)
+        return sides
+
+    def form(self, chunk: Chunk, summary: Tensor, coef: Tensor, to_temperature: Tensor | None = None) -> Form:
+        """From a chunk's summary and coefficients."""
+        if chunk.sets is None:
+            return Form(summary[:2].contiguous(), coef, SideArguments(), to_temperature)
+        norm = summary[len(SUMMARY) :][:4].contiguous()
+        return Form(norm, coef, chunk.sets.sides(summary[0]), to_temperature)
+
+    def summarise(self, partial: Tensor, sides: Tensor | None, chunk: Chunk) -> Tensor:
+        """Statistics of a chunk to its summary; zeros for rows that do not count."""
         summary = summarise(partial, target_must_occur=chunk.target.index is not None)
+        if sides is not None:
+            summary = torch.cat([summary, summarise_sides(sides)])
         return summary if chunk.active is None else summary.masked_fill(~chunk.active, 0.0)
 
 
@@ -105,6 +186,8 @@ class LinearProblem(_Scored):
     target: Target
     rows: Rows
     transform: Transform
+    sets: RowSets | None
+    temperature: Tensor | None  # [N]
     backend: Backend
 
     @cached_property
@@ -114,8 +197,9 @@ class LinearProblem(_Scored):
 
     @cached_property
     def streams(self) -> bool:
-        """Whether the backend has kernels that make logits and use them at once, for these dtypes."""
-        return self.dtype == torch.float32 and self.backend.serves_stream(self.input, self.weight)
+        """Whether the backend has kernels that make logits and use them at once, for these arguments."""
+        plain = self.dtype == torch.float32 and self.sets is None and self.temperature is None
+        return plain and self.backend.serves_stream(self.input, self.weight)
 
     @cached_property
     def operand(self) -> torch.dtype:
@@ -156,27 +240,26 @@ class LinearProblem(_Scored):
             return memory[: rows * entries].view(entries, rows).t()
         return memory[: rows * entries].view(rows, entries)
 
-    def raw_logits(self, hidden: Tensor, head: Tensor, memory: Tensor) -> Tensor:
-        """``hidden @ head.T`` [n, T], in its place in flat memory."""
+    def raw_logits(
+        self, hidden: Tensor, head: Tensor, memory: Tensor, chunk: Chunk, tile: tuple[int, int]
+    ) -> Tensor:
+        """``hidden @ head.T`` [n, T], in its place in flat memory; logits where rows have temperatures."""
         raw = self.place(memory, hidden.shape[0], head.shape[0])
         if self.device.type == "cpu":
             multiply(head, hidden.t(), raw.t(), rows="n")
         else:
             multiply(hidden, head.t(), raw, rows="m")
-        return raw
+        return raw if chunk.temperature is None else raw.copy_(self.tempered(raw, chunk, tile))
 
-    def row_stats(
-        self, raw: Tensor, partial: Tensor, argmax: Tensor, chunk: Chunk, tile: tuple[int, int]
-    ) -> None:
-        self.backend.row_stats(raw, partial, argmax, tile[0], *self._arguments(chunk, tile))
-
-    def row_grad(
-        self, raw: Tensor, norm: Tensor, coef: Tensor, chunk: Chunk, tile: tuple[int, int]
-    ) -> Tensor:
+    def row_grad(self, raw: Tensor, form: Form, chunk: Chunk, tile: tuple[int, int]) -> Tensor:
         """Gradient with respect to the raw logits, as a GEMM's operand: in place where dtypes allow."""
-        narrow = self.operand != raw.dtype and self.backend.narrows
+        z = None if chunk.temperature is None else raw.clone()
+        narrow = self.operand != raw.dtype and self.backend.narrows and z is None
         out = torch.empty_like(raw, dtype=self.operand) if narrow else raw
-        self.backend.row_grad(raw, out, norm, coef, tile[0], *self._arguments(chunk, tile))
+        arguments = self.tile_arguments(chunk, tile)
+        self.backend.row_grad(raw, out, form.norm, form.coef, tile[0], *form.sides.flat(), *arguments)
+        if z is not None:
+            out = self.cooled(z, out, chunk, form.to_temperature)
         return out.to(self.operand)
 
     def fuses(self, rows: int) -> bool:
@@ -186,6 +269,8 @@ class LinearProblem(_Scored):
         where gradients become float16, whose scale is found from the coefficients (`headroom`).
         """
         if self.target.is_dense or self.operand == torch.float16:
+            return False
+        if self.sets is not None or self.temperature is not None:
             return False
         sparse = 1 if self.target.topk_index is None else self.target.topk_index.shape[-1]
         return self.backend.fuses(rows, self.vocab_size, sparse, self.dtype, self.device)
@@ -201,24 +286,21 @@ class LinearProblem(_Scored):
         if self.operand != raw.dtype:
             shape, stride = (raw.shape[0], raw.stride(0)), (raw.stride(0), 1)
             out = raw.as_strided(shape, stride).view(self.operand)[:, : raw.shape[1]]
-        arguments = self._arguments(chunk, (0, self.vocab_size))
+        arguments = self.tile_arguments(chunk, (0, self.vocab_size))
         self.backend.row_loss_grad(raw, out, partial, argmax, upstream, *arguments)
         return out
 
     def stream_stats(
         self, hidden: Tensor, partial: Tensor, argmax: Tensor, chunk: Chunk, tile: tuple[int, int]
     ) -> None:
-        arguments = self._arguments(chunk, tile)
+        arguments = self.tile_arguments(chunk, tile)
         self.backend.stream_stats(hidden, self.head(*tile), partial, argmax, tile[0], *arguments)
 
     def stream_grad(
         self, hidden: Tensor, out: Tensor, norm: Tensor, coef: Tensor, chunk: Chunk, tile: tuple[int, int]
     ) -> None:
-        arguments = self._arguments(chunk, tile)
+        arguments = self.tile_arguments(chunk, tile)
         self.backend.stream_grad(hidden, self.head(*tile), out, norm, coef, tile[0], *arguments)
-
-    def _arguments(self, chunk: Chunk, tile: tuple[int, int]) -> tuple:
-        return self.tile_arguments(chunk, tile, self.head_bias(*tile))
 
 
 @dataclass(frozen=True)
@@ -229,6 +311,8 @@ class LogitsProblem(_Scored):
     target: Target
     rows: Rows
     transform: Transform
+    sets: RowSets | None
+    temperature: Tensor | None  # [N]
     backend: Backend
 
     @property
@@ -238,6 +322,20 @@ class LogitsProblem(_Scored):
     @property
     def device(self) -> torch.device:
         return self.logits.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.logits.shape[1]
+
+    def row_grad(self, logits: Tensor, out: Tensor, form: Form, chunk: Chunk) -> None:
+        """Write the gradient with respect to logits that are not tempered to out."""
+        tile = (0, self.vocab_size)
+        scored = self.tempered(logits, chunk, tile)
+        grad = out if scored is logits else torch.empty_like(scored)
+        arguments = self.tile_arguments(chunk, tile)
+        self.backend.row_grad(scored, grad, form.norm, form.coef, 0, *form.sides.flat(), *arguments)
+        if grad is not out:
+            out.copy_(self.cooled(scored, grad, chunk, form.to_temperature))
 
 
 def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:

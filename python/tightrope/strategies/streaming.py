@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import plan
-from .chunked import Needs
+from .chunked import Gradients, Needs
 from .gemm import headroom, multiply
-from .problem import Chunk, LinearProblem
+from .problem import Chunk, Form, LinearProblem
 from .workspace import borrow
 
 Spans = list[tuple[int, int]]
@@ -65,24 +65,31 @@ def statistics(problem: LinearProblem, workspace: int) -> tuple[Tensor, Tensor]:
     elements = 0 if problem.streams else _largest(tiles, blocks)
     with borrow(elements, problem.dtype, summary.device) as flat:
         for start, stop in blocks:
-            chunk = problem.rows.chunk(start, stop, problem.target, problem.dtype)
+            chunk = problem.chunk(start, stop)
             hidden = problem.hidden(chunk)
             partial, best = problem.new_partial(chunk.size)
             for tile in tiles:
                 if problem.streams:
                     problem.stream_stats(hidden, partial, best, chunk, tile)
                     continue
-                raw = problem.raw_logits(hidden, problem.head(*tile), flat)
+                raw = problem.raw_logits(hidden, problem.head(*tile), flat, chunk, tile)
                 problem.row_stats(raw, partial, best, chunk, tile)
-            summary[:, chunk.where] = problem.summarise(partial, chunk)
+            sides = None
+            if chunk.sets is not None:
+                # The logits are made again, since a set may be named by the maximum of the row.
+                sides, which = problem.new_sides(chunk), chunk.sets.sides(partial[0])
+                for tile in tiles:
+                    raw = problem.raw_logits(hidden, problem.head(*tile), flat, chunk, tile)
+                    problem.row_sides(raw, sides, which, chunk, tile)
+            summary[:, chunk.where] = problem.summarise(partial, sides, chunk)
             argmax[chunk.where] = best
     return summary, argmax
 
 
 def gradients(
     problem: LinearProblem, summary: Tensor, coef: Tensor, needs: Needs, workspace: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input [N, D], weight [V, D] and bias [V] from the coefficients [7, N] of every row."""
+) -> Gradients:
+    """The gradients, in the tensors' dtypes, from the coefficients [7 or 14, N] of every row."""
     dtype, rows = problem.dtype, problem.rows
     tiles, blocks = _backward_spans(problem, workspace)
     if problem.streams:
@@ -99,9 +106,17 @@ def gradients(
     hidden_sum = None
     if needs.input_grad:
         hidden_sum = problem.input.new_zeros((rows.count, problem.input.shape[1]), dtype=dtype)
-    chunks = [rows.chunk(start, stop, problem.target, dtype) for start, stop in blocks]
-    norms = [summary[:2, chunk.where].contiguous() for chunk in chunks]
-    coefs = [coef[:, chunk.where].contiguous() for chunk in chunks]
+    chunks = [problem.chunk(start, stop) for start, stop in blocks]
+    to_rows = summary.new_zeros(rows.count) if needs.temperature_grad else None
+    forms = [
+        problem.form(
+            chunk,
+            summary[:, chunk.where],
+            coef[:, chunk.where].contiguous(),
+            None if to_rows is None else to_rows[start:stop],
+        )
+        for chunk, (start, stop) in zip(chunks, blocks)
+    ]
     # Kept where that takes at most a copy of the input in its own dtype; else converted for each tile.
     kept = [problem.hidden(chunk) for chunk in chunks] if problem.streams else None
     flat_dtype = problem.operand if problem.streams else dtype
@@ -114,7 +129,7 @@ def gradients(
             bias_sum = head.new_zeros(head.shape[0], dtype=dtype)
             for i, (chunk, (start, stop)) in enumerate(zip(chunks, blocks)):
                 hidden = kept[i] if kept else problem.hidden(chunk)
-                grad = _gradient(problem, hidden, head, flat, norms[i], coefs[i], chunk, tile)
+                grad = _gradient(problem, hidden, head, flat, forms[i], chunk, tile)
                 if hidden_sum is not None:
                     multiply(grad, head, hidden_sum[start:stop], rows="m", accumulate=tile[0] > 0)
                 if weight_sum is not None:
@@ -131,7 +146,10 @@ def gradients(
                 bias_grad[place] = bias_sum
     if hidden_sum is not None and undo is not None:
         hidden_sum *= undo
-    return _place(hidden_sum, problem), weight_grad, bias_grad
+    if to_rows is not None and undo is not None:
+        to_rows *= undo
+    to_input = _place(hidden_sum, problem, problem.input)
+    return Gradients(to_input, weight_grad, bias_grad, _place(to_rows, problem, problem.temperature))
 
 
 def _gradient(
@@ -139,27 +157,25 @@ def _gradient(
     hidden: Tensor,
     head: Tensor,
     flat: Tensor,
-    norm: Tensor,
-    coef: Tensor,
+    form: Form,
     chunk: Chunk,
     tile: tuple[int, int],
 ) -> Tensor:
     """The gradient of a tile of logits, as an operand of GEMMs, by way of the scratch memory."""
     if problem.streams:
         out = flat[: chunk.size * head.shape[0]].view(chunk.size, -1)
-        problem.stream_grad(hidden, out, norm, coef, chunk, tile)
+        problem.stream_grad(hidden, out, form.norm, form.coef, chunk, tile)
         return out
-    raw = problem.raw_logits(hidden, head, flat)
-    return problem.row_grad(raw, norm, coef, chunk, tile)
+    raw = problem.raw_logits(hidden, head, flat, chunk, tile)
+    return problem.row_grad(raw, form, chunk, tile)
 
 
-def _place(hidden_sum: Tensor | None, problem: LinearProblem) -> Tensor | None:
+def _place(sums: Tensor | None, problem: LinearProblem, like: Tensor) -> Tensor | None:
     """The gradient of the rows that count, rounded once and put where they stand among all rows."""
-    if hidden_sum is None:
+    if sums is None:
         return None
-    hidden_sum = hidden_sum.to(problem.input.dtype)
+    sums = sums.to(like.dtype)
     if problem.rows.kept is None:
-        return hidden_sum
-    return torch.zeros_like(problem.input, memory_format=torch.contiguous_format).index_copy_(
-        0, problem.rows.kept, hidden_sum
-    )
+        return sums
+    whole = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    return whole.index_copy_(0, problem.rows.kept, sums)
