@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import tightrope
 from helpers import BACKENDS, assert_within, class_indices, rand, randn, top_k
 from tightrope import options
+from tightrope.statistics import OF_SUPPORT
 
 F64 = torch.float64
 SHAPE, VOCAB = (3, 5), 41
@@ -33,16 +34,18 @@ def identity():
 @backends
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("kind", ["index", "top_k", "dense", "none"])
-def test_statistics(kind, shift, backend):
+@pytest.mark.parametrize("support", [None, tightrope.MinP(0.1)], ids=["", "support"])
+def test_statistics(support, kind, shift, backend):
     """Every field and its gradient: a head that is the identity makes the linear function the oracle."""
     logits = randn(*SHAPE, VOCAB, dtype=F64).requires_grad_()
-    settings = {"logit_scale": 0.7, "softcap": 5.0, "shift": shift, "backend": backend}
+    settings = {"logit_scale": 0.7, "softcap": 5.0, "shift": shift, "backend": backend, "support": support}
     ours = tightrope.vocab_stats(logits, target_of(kind), **settings)
     theirs = tightrope.linear_vocab_stats(logits, identity(), target_of(kind), **settings)
     assert torch.equal(ours.argmax, theirs.argmax)
     for name in ours._fields:
         a, b = getattr(ours, name), getattr(theirs, name)
-        assert (a is None) == (b is None) == (kind == "none" and name.startswith("target_"))
+        missing = (kind == "none" and name.startswith("target_")) or (support is None and name in OF_SUPPORT)
+        assert (a is None) == (b is None) == missing
         if a is not None and name != "argmax":
             upstream = rand(*SHAPE, seed=7, dtype=F64)
             assert_within(a, b, 1e-12, what=name)

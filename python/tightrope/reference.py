@@ -8,6 +8,7 @@ code with the rest of the package: an error there cannot hide itself here. A top
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,16 +30,17 @@ class ReferenceStats(NamedTuple):
     logit_square_sum: Tensor
 
 
-def logits(input, weight, bias=None, *, logit_scale=1.0, softcap=None) -> Tensor:
-    """``z = softcap tanh(u / softcap)``, ``u = logit_scale (h W^T + bias)``: (..., D), (V, D) -> (..., V)."""
+def logits(input, weight, bias=None, **options) -> Tensor:
+    """Logits of hidden states (..., D) and a head (V, D), (..., V); `transform` says what the options do."""
     u = input @ weight.transpose(-1, -2)
-    return transform(u if bias is None else u + bias, logit_scale=logit_scale, softcap=softcap)
+    return transform(u if bias is None else u + bias, **options)
 
 
-def transform(raw, *, logit_scale=1.0, softcap=None) -> Tensor:
-    """Scale, then softcap, of raw logits (..., V)."""
+def transform(raw, *, logit_scale=1.0, softcap=None, temperature=1.0) -> Tensor:
+    """Scale, softcap, and temperature (a number, or of each token (...)) of raw logits (..., V)."""
     u = logit_scale * raw
-    return u if softcap is None else softcap * torch.tanh(u / softcap)
+    z = u if softcap is None else softcap * torch.tanh(u / softcap)
+    return z / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
 
 
 def dense_target(target, vocab_size, *, dtype, ignore_index=-100, shift=0) -> tuple[Tensor, Tensor]:
@@ -90,6 +92,47 @@ def row_stats(z, b=None) -> ReferenceStats:
     )
 
 
+def members(z, support, ignore_index=-100) -> Tensor:
+    """Which classes are in the set of each token, (..., V) bool.
+
+    support: a number x, for the classes with p >= x max p, or indices (..., K).
+    """
+    if not isinstance(support, Tensor):
+        return z >= z.detach().amax(-1, keepdim=True) + math.log(support)
+    place = torch.where(support == ignore_index, z.shape[-1], support.long())
+    inside = torch.zeros(*z.shape[:-1], z.shape[-1] + 1, dtype=torch.bool)
+    return inside.scatter(-1, place, True)[..., :-1]
+
+
+def set_stats(z, inside) -> tuple[Tensor, Tensor, Tensor]:
+    """(support_log_mass, rest_log_mass, support_entropy) of the set ``inside`` (..., V), (...) each."""
+
+    def log_sum(where):
+        """(largest, log of the sum relative to it, whether there is nothing to sum)."""
+        # What is masked has no gradient, and a sum of nothing none either. The largest is kept apart, since a
+        # large one would swallow the log of the sum.
+        kept = torch.where(where, z, -torch.inf)
+        top = kept.detach().amax(-1)
+        empty = top == -torch.inf
+        top = torch.where(empty, 0.0, top)
+        shifted = torch.where(empty.unsqueeze(-1), 0.0, kept - top.unsqueeze(-1))
+        return top, shifted.logsumexp(-1), empty
+
+    (set_top, of_set, empty), (rest_top, of_rest, full) = log_sum(inside), log_sum(~inside)
+    # Which of the two it is that 1 is near to.
+    apart = (set_top - rest_top) + (of_set - of_rest)
+    small = -apart.abs() - torch.log1p((-apart.abs()).exp())
+    large = -torch.log1p((-apart.abs()).exp())
+    set_mass = torch.where(apart > 0, large, small)
+    rest_mass = torch.where(apart > 0, small, large)
+    set_mass = torch.where(empty, -torch.inf, torch.where(full, 0.0, set_mass))
+    rest_mass = torch.where(full, -torch.inf, torch.where(empty, 0.0, rest_mass))
+    log_r = torch.where(inside, (z - set_top.unsqueeze(-1)) - of_set.unsqueeze(-1), -torch.inf)
+    r = log_r.exp()
+    entropy = -torch.where(r == 0, 0.0, r * torch.where(r == 0, 0.0, log_r)).sum(-1)
+    return set_mass, rest_mass, entropy
+
+
 def token_loss(
     z,
     b,
@@ -100,8 +143,12 @@ def token_loss(
     label_smoothing=0.0,
     z_loss=0.0,
     logit_l2=0.0,
+    inside=None,
 ) -> Tensor:
-    """``(1 - balance) reality + balance creativity + regularisers``: (..., V), (..., V) -> (...)."""
+    """``(1 - balance) reality + balance creativity + regularisers``: (..., V), (..., V) -> (...).
+
+    inside (..., V): the set of classes that ``creativity="support_entropy"`` needs.
+    """
     stats = row_stats(z)
     if label_smoothing:
         b = (1 - label_smoothing) * b + label_smoothing / z.shape[-1]
@@ -109,7 +156,10 @@ def token_loss(
         match = -row_stats(z, b).target_log_prob
     else:
         match = 0.5 * (torch.softmax(z, -1) - b).square().sum(-1)
-    spread = -stats.entropy if creativity == "entropy" else stats.collision.log()
+    if creativity == "support_entropy":
+        spread = -set_stats(z, inside)[2]
+    else:
+        spread = -stats.entropy if creativity == "entropy" else stats.collision.log()
     loss = (1 - balance) * match + balance * spread
     if z_loss:
         loss = loss + z_loss * stats.lse.square()
@@ -143,15 +193,19 @@ def reality_creativity_loss(
     row_weight=None,
     logit_scale=1.0,
     softcap=None,
+    temperature=1.0,
+    support=0.02,
     reduction="mean",
     normalizer=None,
     shift=0,
     **terms,
 ) -> Tensor:
-    """The loss of logits (..., V); ``terms`` are those of :func:`token_loss`."""
-    z = transform(logits, logit_scale=logit_scale, softcap=softcap)
+    """The loss of logits (..., V); ``terms`` are those of :func:`token_loss`, ``support`` of `members`."""
+    z = transform(logits, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
+    if isinstance(support, Tensor):
+        support = support.roll(-shift, -2) if shift else support
     b, valid = dense_target(target, z.shape[-1], dtype=z.dtype, ignore_index=ignore_index, shift=shift)
-    loss = token_loss(z, b, **terms)
+    loss = token_loss(z, b, inside=members(z, support, ignore_index), **terms)
     return reduce(loss, valid, row_weight=row_weight, reduction=reduction, normalizer=normalizer)
 
 
