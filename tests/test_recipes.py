@@ -174,6 +174,28 @@ def entropy_bonus(s):
     return F.nll_loss(log_p, label) - 0.1 * entropy_of(log_p).mean()
 
 
+def clamped_bonus(s):
+    """An entropy that is not renormalised, or one of the whole vocabulary."""
+    log_p, _ = predictions(s)
+    inside = log_p >= log_p.detach().amax(-1, keepdim=True) + math.log(0.05)
+    log_r = log_p.masked_fill(~inside, -math.inf)
+    log_r = log_r - log_r.logsumexp(-1, keepdim=True)
+    entropy = -(log_r.exp() * log_r.masked_fill(~inside, 0.0)).sum(-1)
+    advantage = s.advantage.expand(4, 15)[s.labels[:, 1:] != -100]
+    return (-advantage * label_log_probs(s) - 0.01 * entropy).mean()
+
+
+def unlikelihood(s):
+    """Candidates of another position, or the right token among them."""
+    keep = s.labels[:, 1:] != -100
+    log_p, _ = predictions(s)
+    loss = []
+    for row, (i, t) in zip(log_p, keep.nonzero().tolist()):
+        before = {int(s.tokens[i, j]) for j in (t - 1, t) if t >= 1} - {int(s.tokens[i, t + 1])}
+        loss.append(-row[[c for c in range(500) if c not in before]].logsumexp(-1))
+    return torch.stack(loss).mean()
+
+
 def gem(s):
     """A scale on the wrong side, of the logits or of the loss: the gradient is written down here."""
     label = s.labels[:, 1:][s.labels[:, 1:] != -100]
@@ -228,6 +250,39 @@ def reverse_kl_top_k(s):
     return F.kl_div(log_b, log_p, log_target=True, reduction="batchmean")
 
 
+def _top_k(s):
+    """The student's log-probabilities of the top k, the teacher's, all the student's, and the classes."""
+    keep = s.labels[:, 1:] != -100
+    log_p, _ = predictions(s)
+    indices = s.indices[:, :-1][keep]
+    return log_p.gather(1, indices), s.probs[:, :-1][keep].double(), log_p, indices
+
+
+def with_tail(s):
+    """A tail that is free, or one found by subtraction."""
+    top, probs, log_p, indices = _top_k(s)
+    outside = torch.ones_like(log_p, dtype=torch.bool).scatter(1, indices, False)
+    tail = log_p.masked_fill(~outside, -math.inf).logsumexp(-1)
+    return -((probs * top).sum(-1) + (1 - probs.sum(-1)) * tail).mean()
+
+
+def renormalised(s):
+    """A student that is not renormalised."""
+    top, probs, _, _ = _top_k(s)
+    return -(probs * top.log_softmax(-1)).sum(-1).mean()
+
+
+def replayed(s):
+    """Kept classes of another position, or a temperature that is left out."""
+    keep = s.labels[:, 1:] != -100
+    logits = (s.hidden @ s.lm_head.weight.T / 0.8)[:, :-1][keep]
+    kept = s.kept[:, 1:][keep]
+    inside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, kept, True)
+    log_p = logits.masked_fill(~inside, -math.inf).log_softmax(-1)
+    log_p = log_p.gather(1, s.labels[:, 1:][keep][:, None])[:, 0]
+    return (-s.advantage.expand(4, 15)[keep] * log_p).mean()
+
+
 def kl_to_reference(s):
     """The ratio upside down, or a divisor that counts ignored tokens."""
     log_ratio = label_log_probs(s, s.reference_hidden).detach() - label_log_probs(s)
@@ -274,6 +329,8 @@ REFERENCES = {
     "Weights of both signs": weights_of_both_signs,
     "Numbers to log": numbers_to_log,
     "An entropy bonus": entropy_bonus,
+    "The entropy of what is plausible": clamped_bonus,
+    "Unlikelihood of several candidates": unlikelihood,
     "GEM": gem,
     "Focal loss": focal,
     "DFT": dft,
@@ -281,6 +338,9 @@ REFERENCES = {
     "Cross-entropy and distillation in one target": one_target,
     "Reverse KL": reverse_kl,
     "Reverse KL to a teacher's top k": reverse_kl_top_k,
+    "The top k and the tail as one bucket": with_tail,
+    "The top k renormalised": renormalised,
+    "Replay of top-k and top-p sampling": replayed,
     "KL to a reference policy": kl_to_reference,
     "PPO and GRPO": grpo,
     "A loss over a sequence: GSPO": gspo,

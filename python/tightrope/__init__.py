@@ -6,6 +6,7 @@ from .functional import (
     linear_vocab_stats,
 )
 from .logits import reality_creativity_loss, vocab_loss, vocab_stats
+from .losses import BalanceWarning
 from .modules import LinearRealityCreativityLoss, RealityCreativityLoss
 from .statistics import RowStats
 from .strategies import flops as _flops  # noqa: F401
@@ -15,6 +16,7 @@ from .targets import TopKTarget
 __version__ = "0.1.0"
 
 __all__ = [
+    "BalanceWarning",
     "Classes",
     "LinearRealityCreativityLoss",
     "MinP",

@@ -208,6 +208,7 @@ def linear_reality_creativity_loss(
         backend=backend,
         strategy=strategy,
     )
+    scores.check_balance(family, balance)
     balances, hidden = rows.flatten(balance), space.rows()
     if choose_strategy(arguments, space, strategy, reduction, hidden, weight, bias) == "chunked":
         loss, summary, argmax = ChunkedLoss.apply(

@@ -132,6 +132,7 @@ def reality_creativity_loss(
         normalizer=normalizer,
     )
     square = target_square(space, target, family, ignore_index, shift)
+    scores.check_balance(family, balance)
     stats = _statistics(scores, rows.target, backend)
     loss = rows.reduce(family(stats, rows.flatten(balance), square))
     return (loss, rows.shaped(stats)) if return_stats else loss

@@ -6,14 +6,57 @@ dispatcher operator, where autograd does not record; a test holds the one agains
 
 from __future__ import annotations
 
+import math
+import warnings
+
 from torch import Tensor
 
-from .arguments import Arguments, group
+from .arguments import Arguments, SetArguments, group
 from .coefficients import RowUpstream
 from .statistics import RowStats, StatGrads
 
 REALITY = ("cross_entropy", "squared_error")
 CREATIVITY = ("entropy", "collision", "support_entropy")
+
+
+class BalanceWarning(UserWarning):
+    """A balance at which the best model of the loss is noise."""
+
+
+def cliff(creativity: str, vocab_size: int, sets: SetArguments) -> float:
+    """The balance from which on the best model of cross-entropy and creativity gives noise a floor.
+
+    In docs/mathematics.md. For an entropy over n classes ``1 / (1 + log n)``; with min-p x the place of n is
+    taken by 1 / x.
+    """
+    if creativity == "collision":
+        return 1 / 3
+    if creativity == "entropy":
+        return 1 / (1 + math.log(vocab_size))
+    count = 1 / sets.min_p if sets.min_p else sets.classes.shape[-1]
+    return 1 / (1 + math.log(count))
+
+
+_warned: set[str] = set()
+_REMEDIES = {
+    "entropy": 'creativity="support_entropy", or "collision" with a balance below 0.33',
+    "collision": "a balance below 0.33",
+    "support_entropy": "a smaller balance, or a set of fewer classes",
+}
+
+
+def warn_beyond_cliff(creativity: str, balance: float, vocab_size: int, sets: SetArguments) -> None:
+    """Warn, once for each creativity, where the balance is beyond the cliff."""
+    if creativity in _warned or balance <= (limit := cliff(creativity, vocab_size, sets)):
+        return
+    _warned.add(creativity)
+    warnings.warn(
+        f"balance: got {balance:.4g} with creativity={creativity!r}, beyond {limit:.4g}, from which on the "
+        "best model is noise even where the answer is certain (docs/mathematics.md); take "
+        + _REMEDIES[creativity],
+        BalanceWarning,
+        stacklevel=4,
+    )
 
 
 @group

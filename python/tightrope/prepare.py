@@ -15,9 +15,9 @@ from torch import Tensor
 
 from . import tokens as _tokens
 from . import validation
-from .ambient import refuse_transforms
+from .ambient import may_read, refuse_transforms
 from .arguments import LinearArguments, SetArguments, TokenTarget, Transform
-from .losses import RealityCreativity
+from .losses import RealityCreativity, warn_beyond_cliff
 from .statistics import RowStats
 from .strategies import plan
 from .strategies.problem import arithmetic_dtype
@@ -103,6 +103,16 @@ class Scores:
             validation.shift(shift, space.tokens),
         )
         return cls(space, transform, sets, temperature if of_rows else None)
+
+    def check_balance(self, family: RealityCreativity, balance: float | Tensor) -> None:
+        """Warn where a checked balance is one at which the loss's best model is noise."""
+        if family.reality != "cross_entropy" or torch.compiler.is_compiling():
+            return
+        if isinstance(balance, Tensor):
+            if not may_read(balance) or not balance.numel():
+                return
+            balance = balance.detach().max().item()
+        warn_beyond_cliff(family.creativity, balance, self.space.vocab_size, self.sets)
 
     def arguments(self, target: TokenTarget) -> dict[str, object]:
         """Those fields of `LogitsArguments` that say what rows are scored against, and how."""
