@@ -336,12 +336,14 @@ def test_double_backward_is_refused_and_not_wrong():
 
 
 @strategies
-def test_frozen_hidden_states_and_learned_balance(strategy):
-    """Any subset of the tensors may require grad, also none but the balance."""
+@pytest.mark.parametrize("learns_head", [False, True])
+def test_frozen_hidden_states_and_learned_balance(learns_head, strategy):
+    """Any subset of the tensors may require grad, also none but the balance, which then streams."""
     problem = linear_problem(5, vocab=60, dtype=F64, strategy=strategy)
     balance = rand(5, dtype=F64).requires_grad_()
+    head = problem.leaves["weight"].clone().requires_grad_(learns_head)
     loss = tightrope.linear_reality_creativity_loss(
-        problem.leaves["input"], problem.leaves["weight"], problem.target, balance=balance, strategy=strategy
+        problem.leaves["input"], head, problem.target, balance=balance, strategy=strategy
     )
     (gradient,) = torch.autograd.grad(loss, balance)
     problem.leaves = {**problem.leaves, "balance": balance.detach()}
