@@ -181,7 +181,7 @@ def test_shift(kind, backend, strategy):
 @everywhere
 @pytest.mark.parametrize("kind", ["index", "dense", "top_k"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_several_tiles_and_chunks(reduction, kind, backend, strategy):
+def test_several_tiles_and_chunks(reduction, kind, backend, strategy, small_tiles):
     vocab = 1025
     check_loss(
         ["input", "weight", "bias", "balance", "row_weight"],
@@ -247,7 +247,7 @@ def test_statistics(transform, kind, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_statistics_over_tiles_with_shift(backend):
+def test_statistics_over_tiles_with_shift(backend, small_tiles):
     lead, vocab = (2, 3), 1025
     leaves = tensors(lead, vocab)
     chosen = {name: leaves[name] for name in ("input", "weight", "bias")}

@@ -192,8 +192,10 @@ def test_weights_of_both_signs(call):
         assert_within(gradient, truth, 1e-5)
     for reduction in ("none", "sum"):
         function(hidden, weight, target, row_weight=advantage, reduction=reduction, **own)
-    # Of one sign, and of the tokens that count: no error.
-    function(hidden, weight, target, row_weight=-rand(ROWS), **own)
+    # Of one sign, and of the tokens that count: no error, and a mean by the weights, not by the tokens.
+    one_sign = -rand(ROWS)
+    loss = function(hidden, weight, target, row_weight=one_sign, **own)
+    assert_within(loss, (one_sign * rows_of(hidden, weight, target)).sum() / one_sign.sum(), 1e-6)
     function(hidden, weight, target.masked_fill(advantage < 0, -100), row_weight=advantage, **own)
 
 
