@@ -73,7 +73,12 @@ def test_number_of_threads_changes_no_bit_of_the_logits_function():
 
 @backends
 @pytest.mark.parametrize(
-    "terms", [{}, {"creativity": "collision"}, {"reality": "squared_error", "z_loss": 0.1, "softcap": 5.0}]
+    "terms",
+    [
+        {},
+        {"creativity": "collision", "label_smoothing": 0.1, "logit_l2": 1e-3},
+        {"reality": "squared_error", "z_loss": 0.1, "softcap": 5.0},
+    ],
 )
 def test_strategies_and_workspaces_agree(terms, backend, request):
     """How the work is cut, into chunks and then into tiles, changes no more than the order of sums."""
