@@ -203,14 +203,18 @@ def test_modules_are_the_functions(kind):
 @backends
 @strategies
 @pytest.mark.parametrize("reality", ["cross_entropy", "squared_error"])
-def test_one_target_in_three_forms(reality, backend, strategy, small_tiles):
-    """Top-k pairs are the dense target that they scatter to; one pair of mass 1 is a class index."""
+def test_one_target_in_three_forms(reality, backend, strategy, request):
+    """Top-k pairs are the dense target that they scatter to; one pair of mass 1 is a class index.
+
+    The first is cut into tiles and the second is not, for a mass that is lost with a tile.
+    """
     problem = linear_problem(8, vocab=1100, dtype=F64, reality=reality, label_smoothing=0.1)
     options = {"backend": backend, "strategy": strategy}
     pairs = top_k((8,), 1100, k=5, dtype=F64)
     pairs.indices[:, 1] = pairs.indices[:, 0]
-    sparse = ours(Problem(problem.leaves, pairs, problem.options), **options)
     full = ours(Problem(problem.leaves, dense(pairs, 1100), problem.options), **options)
+    request.getfixturevalue("small_tiles")
+    sparse = ours(Problem(problem.leaves, pairs, problem.options), **options)
     assert_close(sparse, full, 1e-12)
     one = tightrope.TopKTarget(problem.target[:, None], torch.ones(8, 1, dtype=F64))
     assert_close(
