@@ -1,6 +1,7 @@
 """Settings of every test: few threads, no compiled caches shared with other runs, quick hypothesis."""
 
 import os
+from dataclasses import replace
 
 # Idle threads sleep instead of spinning: on a busy machine spinning makes tiny loops a hundred times
 # slower. OpenMP reads it when torch is loaded.
@@ -28,6 +29,14 @@ def _restore_global_state():
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 128 entries: with few rows one is 16384 wide, and a small problem has no two to merge."""
+    from tightrope.strategies import plan
+
+    monkeypatch.setattr(plan, "CPU", replace(plan.CPU, tile=128, tile_logits=0, widest_tile=128))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from helpers import (
     SMALLEST,
     assert_no_worse,
     assert_representable,
+    assert_within,
     class_indices,
     rand,
     randn,
@@ -20,7 +21,7 @@ from helpers import (
 )
 from tightrope import reference
 from tightrope.backends import ops
-from tightrope.coefficients import row_coefficients
+from tightrope.coefficients import RowUpstream, row_coefficients
 from tightrope.losses import RealityCreativity
 from tightrope.statistics import StatGrads, empty_partial, row_stats, summarise
 
@@ -217,6 +218,26 @@ def check_loss_grad(case, device, in_place, narrow=None, **terms):
     for name, a, b in zip(["m", "S0", "S1", "S2", "bd", "be", "b", "d", "zz", "n"], partial, rough_partial):
         scale = case.vocab * size * (size if name == "zz" else 1)
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def check_every_upstream(case, device):
+    """The fused gradient for an upstream gradient of every field, also of those no built-in loss has."""
+    grads = grads_for(9, case.wide, True)
+    slope, rate = (0.1 * randn(ROWS, seed=30 + i, dtype=case.wide) for i in range(2))
+    upstream = RowUpstream.of(slope, lse_slope=slope, collision_rate=rate, **grads)
+    raw = case.logits.double().requires_grad_()
+    stats = reference.row_stats(case.z(raw), case.distribution())._asdict()
+    total = sum((g.double() * stats[name]).sum() for name, g in grads.items())
+    total = total + (slope.double() * stats["lse"].square() / 2).sum()
+    total = total + (rate.double() * stats["collision"].log()).sum()
+    (exact,) = torch.autograd.grad(total, raw)
+    rough, _ = case.nan_out()
+    partial, argmax = torch.full((11, ROWS), torch.nan, dtype=case.wide), torch.full((ROWS,), -7)
+    ops.row_loss_grad(case.logits, rough, partial, argmax, upstream, *case.tail(offset=()))
+    out, *_ = fused(case, device, upstream)
+    floor = {F64: 1e-13, F32: 1e-6}[case.wide] * (1 + exact.abs().max().item())
+    assert_no_worse(out, exact, rough, floor, "gradient")
+    assert_within(rough, exact, 1e-12 if case.dtype == F64 else 1e-2, what="gradient in plain PyTorch")
 
 
 def check_sentinels(case, device):

@@ -37,6 +37,7 @@ from tightrope import reference
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 few_threads = pytest.mark.usefixtures("one_thread")
+several_tiles = pytest.mark.usefixtures("one_thread", "small_tiles")
 everywhere = pytest.mark.parametrize("backend", BACKENDS)
 both = pytest.mark.parametrize("strategy", STRATEGIES)
 
@@ -68,7 +69,7 @@ def check(problem, **options):
             assert_within(value, exact[name], rtol, 4 * usual + ulps * EPS32 * scale, name)
 
 
-@few_threads
+@several_tiles
 @everywhere
 @both
 @given(problem=problems([F64]))
@@ -86,7 +87,7 @@ def test_float32(problem, backend, strategy):
     check(problem, backend=backend, strategy=strategy)
 
 
-@few_threads
+@several_tiles
 @everywhere
 @both
 @given(problem=problems([BF16, F16, F32, F64]))
@@ -171,7 +172,7 @@ def test_hostile_logits(case, terms, spread, backend):
     check_hostile(how, problem.but(reduction="none", **terms), backend=backend)
 
 
-@few_threads
+@several_tiles
 @everywhere
 @both
 @given(case=hostile_linear(), terms=HOSTILE_TERMS, workspace_mb=st.sampled_from([None, 1e-3]))
@@ -183,7 +184,7 @@ def test_hostile_linear(case, terms, workspace_mb, backend, strategy):
     check_hostile(how, problem, backend=backend, strategy=strategy)
 
 
-@few_threads
+@several_tiles
 @everywhere
 @both
 @given(
@@ -239,7 +240,7 @@ def keep(problem, *names):
     return {name: problem.options[name] for name in names if name in problem.options}
 
 
-@few_threads
+@several_tiles
 @everywhere
 @given(problem=problems([F64, F32]), field=st.sampled_from(FIELDS))
 @settings(max_examples=80)
@@ -270,7 +271,7 @@ def test_statistics(problem, field, backend):
         assert_within(value, truth, tolerance, tolerance, f"{field} by {name}")
 
 
-@few_threads
+@several_tiles
 @everywhere
 @given(problem=problems([F64, F32]))
 @settings(max_examples=40)
@@ -324,12 +325,7 @@ def through_reference(input, weight, target, bias=None, gamma=None, **options):
 through_reference.__module__ = reference.__name__
 
 
-@few_threads
-@everywhere
-@both
-@given(problem=problems([F64]))
-@settings(max_examples=40)
-def test_user_loss(problem, backend, strategy):
+def check_user_loss(problem, **options):
     names = ("ignore_index", "logit_scale", "softcap", "shift", "reduction", "normalizer")
     run = keep(problem, "workspace_mb", "skip_ignored")
     problem.options = keep(problem, *names)
@@ -340,14 +336,34 @@ def test_user_loss(problem, backend, strategy):
     def function(*args, gamma, **options):
         return tightrope.linear_vocab_loss(*args, loss_fn=user_loss, row_args=(gamma,), **options)
 
-    actual = evaluate(function, problem, backend=backend, strategy=strategy, **run)
+    actual = evaluate(function, problem, **options, **run)
     exact = evaluate(through_reference, problem, F64)
     for name, value in actual.items():
         rtol = 1e-12 if value.dtype == F64 else 1e-6
         assert_within(value, exact[name], rtol, rtol, name)
 
 
-@few_threads
+@several_tiles
+@everywhere
+@both
+@given(problem=problems([F64]))
+@settings(max_examples=40)
+def test_user_loss(problem, backend, strategy):
+    check_user_loss(problem, backend=backend, strategy=strategy)
+
+
+@several_tiles
+@everywhere
+@both
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_user_loss_of_weighed_rows(reduction, backend, strategy):
+    """The weight of another row: few of the problems drawn have weights that differ within a chunk."""
+    problem = linear_problem(70, vocab=300, dtype=F64, ignored=0.3, reduction=reduction, workspace_mb=0.1)
+    problem.leaves["row_weight"] = rand(70, seed=6, dtype=F64)
+    check_user_loss(problem, backend=backend, strategy=strategy)
+
+
+@several_tiles
 @everywhere
 @both
 @pytest.mark.parametrize("vocab", [1, 2, 15, 16, 17, 255, 257, 1023, 1024, 1025, 2049])

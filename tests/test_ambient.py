@@ -99,6 +99,18 @@ def test_batched_gradients(call):
         torch.testing.assert_close(batch, scales.view(-1, 1, 1) * single)
 
 
+@every_call
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_gradients_batched_by_vmap(call):
+    """torch.func's batches are other tensors than those of is_grads_batched, and hold no number either."""
+    arguments = tensors(ignored=True)
+    one = torch.autograd.grad(value(call, arguments), arguments[:2])
+    loss, scales = value(call, arguments), torch.tensor([1.0, 0.0, -3.0])
+    got = torch.func.vmap(lambda upstream: torch.autograd.grad(loss, arguments[:2], upstream))(scales)
+    for batch, single in zip(got, one):
+        torch.testing.assert_close(batch, scales.view(-1, 1, 1) * single)
+
+
 class Model(torch.nn.Module):
     def __init__(self, call):
         super().__init__()
@@ -134,6 +146,21 @@ def test_make_fx_with_any_number_of_tokens(call):
     for count in (3, ROWS, 200):
         given = randn(count, WIDTH, seed=count), class_indices((count,), VOCAB)
         torch.testing.assert_close(trace(*given), step(*given))
+
+
+@every_call
+def test_make_fx_of_real_tensors(call):
+    """They have values, but a number that is read would be a constant of the trace: the rows that count."""
+    weight = randn(VOCAB, WIDTH, seed=1)
+    hidden, _, target = tensors(ignored=True)
+    weight.requires_grad_()
+
+    def step(hidden, target):
+        return value(call, (hidden, weight, target))
+
+    trace = make_fx(step)(hidden.detach(), target)
+    given = randn(ROWS, WIDTH, seed=7), class_indices((ROWS,), VOCAB, seed=8, ignored=0.5)
+    torch.testing.assert_close(trace(*given), step(*given))
 
 
 @pytest.mark.parametrize(

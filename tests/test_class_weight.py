@@ -8,7 +8,8 @@ import tightrope
 from helpers import BACKENDS, assert_within, class_indices, dense, rand, randn, top_k
 
 F64 = torch.float64
-ROWS, VOCAB, WIDTH = 23, 2051, 6  # two tiles of the vocabulary
+ROWS, VOCAB, WIDTH = 23, 2051, 6
+pytestmark = pytest.mark.usefixtures("small_tiles")
 backends = pytest.mark.parametrize("backend", BACKENDS)
 strategies = pytest.mark.parametrize("strategy", ["chunked", "streaming", "logits"])
 

@@ -28,6 +28,7 @@ from row_cases import (
     Case,
     all_bits,
     arithmetic,
+    check_every_upstream,
     check_grad,
     check_loss_grad,
     check_sentinels,
@@ -70,6 +71,14 @@ def test_the_fused_kernel_at_every_size(dtype, kind):
         for device in (ONE, MANY) if vocab > 4000 else (ONE,):
             case = Case(dtype, vocab, kind, seed=i, gap=gap, lead=lead, **transform)
             check_loss_grad(case, device, in_place, **terms)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_fused_kernel_with_every_upstream_gradient(dtype, kind):
+    """A coefficient that lost a field which no built-in loss uses: lse, target_logit, logit_sum."""
+    for i, (vocab, device) in enumerate(((9, ONE), (300, ONE), (4500, MANY))):
+        check_every_upstream(Case(dtype, vocab, kind, seed=i, gap=1, lead=1), device)
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])

@@ -6,7 +6,6 @@ Where the float64 truth can be held in the dtype of the arithmetic it must be me
 NaN is right nowhere.
 """
 
-from dataclasses import replace
 from itertools import cycle, pairwise, product
 
 import numpy as np
@@ -31,7 +30,6 @@ from helpers import (
 )
 from tightrope import reference, statistics
 from tightrope.backends import ops
-from tightrope.strategies import plan
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROWS = 4
@@ -126,12 +124,6 @@ def judge(actual, exact, dtype, what, summed):
 def head(bias, dtype=torch.float32):
     """Weights [V, 8]; of masked classes 0, for beside a sentinel a product is no more than its rounding."""
     return randn(bias.shape[0], 8, seed=2, dtype=dtype).masked_fill(bias.abs()[:, None] > 1e4, 0.0)
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Tiles of 128 entries: a mask covers many of them whole."""
-    monkeypatch.setattr(plan, "CPU", replace(plan.CPU, tile=128, tile_logits=0, widest_tile=128))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

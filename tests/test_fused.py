@@ -91,7 +91,7 @@ def test_hostile(case, terms, workspace_mb):
 
 
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, 1025, 3001])
-def test_rows_are_padded_and_chunks_fit_the_workspace(vocab):
+def test_rows_are_padded_and_chunks_fit_the_workspace(vocab, small_tiles):
     """Several chunks and tiles; memory beyond the workspace is not asked for."""
     problem = linear_problem(90, vocab=vocab, width=7, dtype=F64, balance=0.3, ignored=0.2)
     workspace_mb = 40 * ((vocab + 31) // 32 * 32) * 8 / 2**20

@@ -60,8 +60,9 @@ def check(function, leaves, fast=False):
         lambda *args: function(**dict(zip(names, args))),
         values,
         eps=1e-6,
-        atol=1e-6 if not fast else 1e-5,
-        rtol=1e-5 if not fast else 1e-3,
+        # A direction has length 1: over a wide vocabulary one term of a gradient is small in it.
+        atol=1e-6 if not fast else 1e-8,
+        rtol=1e-5 if not fast else 1e-4,
         fast_mode=fast,
     )
 
@@ -181,7 +182,7 @@ def test_shift(kind, backend, strategy):
 @everywhere
 @pytest.mark.parametrize("kind", ["index", "dense", "top_k"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_several_tiles_and_chunks(reduction, kind, backend, strategy):
+def test_several_tiles_and_chunks(reduction, kind, backend, strategy, small_tiles):
     vocab = 1025
     check_loss(
         ["input", "weight", "bias", "balance", "row_weight"],
@@ -247,7 +248,7 @@ def test_statistics(transform, kind, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_statistics_over_tiles_with_shift(backend):
+def test_statistics_over_tiles_with_shift(backend, small_tiles):
     lead, vocab = (2, 3), 1025
     leaves = tensors(lead, vocab)
     chosen = {name: leaves[name] for name in ("input", "weight", "bias")}

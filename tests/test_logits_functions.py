@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import tightrope
-from helpers import BACKENDS, assert_within, class_indices, rand, randn, top_k
-from tightrope import options
+from helpers import BACKENDS, assert_within, class_indices, plain, rand, randn, top_k
+from tightrope import options, reference
 from tightrope.statistics import OF_SUPPORT
 
 F64 = torch.float64
@@ -36,21 +36,33 @@ def identity():
 @pytest.mark.parametrize("kind", ["index", "top_k", "dense", "none"])
 @pytest.mark.parametrize("support", [None, tightrope.MinP(0.1)], ids=["", "support"])
 def test_statistics(support, kind, shift, backend):
-    """Every field and its gradient: a head that is the identity makes the linear function the oracle."""
+    """Every field and its gradient: those of the linear function, whose head is the identity.
+
+    And of the reference, for a term that is lost in what the two share.
+    """
     logits = randn(*SHAPE, VOCAB, dtype=F64).requires_grad_()
     settings = {"logit_scale": 0.7, "softcap": 5.0, "shift": shift, "backend": backend, "support": support}
     ours = tightrope.vocab_stats(logits, target_of(kind), **settings)
     theirs = tightrope.linear_vocab_stats(logits, identity(), target_of(kind), **settings)
     assert torch.equal(ours.argmax, theirs.argmax)
+    z = reference.transform(logits, logit_scale=0.7, softcap=5.0)
+    b, valid = None, ours.argmax >= 0
+    if kind != "none":
+        b, valid = reference.dense_target(plain(target_of(kind)), VOCAB, dtype=F64, shift=shift)
+    exact = reference.row_stats(z, b)._asdict()
+    exact |= zip(OF_SUPPORT, reference.set_stats(z, reference.members(z, 0.1)))
     for name in ours._fields:
         a, b = getattr(ours, name), getattr(theirs, name)
         missing = (kind == "none" and name.startswith("target_")) or (support is None and name in OF_SUPPORT)
         assert (a is None) == (b is None) == missing
         if a is not None and name != "argmax":
             upstream = rand(*SHAPE, seed=7, dtype=F64)
-            assert_within(a, b, 1e-12, what=name)
-            got, want = (torch.autograd.grad(x, logits, upstream, retain_graph=True)[0] for x in (a, b))
-            assert_within(got, want, 1e-12, what=f"gradient of {name}")
+            truth = torch.where(valid, exact[name], 0.0)
+            got = torch.autograd.grad(a, logits, upstream, retain_graph=True)[0]
+            for other in (b, truth):
+                assert_within(a, other, 1e-12, what=name)
+                want = torch.autograd.grad(other, logits, upstream, retain_graph=True)[0]
+                assert_within(got, want, 1e-12, what=f"gradient of {name}")
 
 
 @backends

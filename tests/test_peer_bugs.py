@@ -30,6 +30,7 @@ from helpers import (
 )
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+pytestmark = pytest.mark.usefixtures("small_tiles")
 backends = pytest.mark.parametrize("backend", BACKENDS)
 strategies = pytest.mark.parametrize("strategy", STRATEGIES)
 skipping = pytest.mark.parametrize("skip_ignored", [None, False, True])

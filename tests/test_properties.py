@@ -52,7 +52,7 @@ def assert_close(actual, expected, rtol=1e-5):
 @strategies
 @dtypes
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_repeatable_to_the_bit(reduction, dtype, backend, strategy):
+def test_repeatable_to_the_bit(reduction, dtype, backend, strategy, small_tiles):
     problem = linear_problem(
         130, vocab=3001, width=24, dtype=dtype, ignored=0.2, balance=0.3, workspace_mb=0.3
     ).but(reduction=reduction, backend=backend, strategy=strategy)
@@ -73,17 +73,25 @@ def test_number_of_threads_changes_no_bit_of_the_logits_function():
 
 @backends
 @pytest.mark.parametrize(
-    "terms", [{}, {"balance": 0.4}, {"reality": "squared_error", "z_loss": 0.1, "softcap": 5.0}]
+    "terms",
+    [
+        {},
+        {"creativity": "collision", "label_smoothing": 0.1, "logit_l2": 1e-3},
+        {"reality": "squared_error", "z_loss": 0.1, "softcap": 5.0},
+    ],
 )
-def test_strategies_and_workspaces_agree(terms, backend):
-    """How the work is cut changes no more than the order of sums."""
+def test_strategies_and_workspaces_agree(terms, backend, request):
+    """How the work is cut, into chunks and then into tiles, changes no more than the order of sums."""
     problem = linear_problem(70, vocab=2500, width=16, ignored=0.3, **terms)
+    problem.leaves |= {"balance": rand(70, seed=5), "row_weight": rand(70, seed=6)}
     expected = ours(problem, backend=backend, strategy="chunked")
-    for strategy in STRATEGIES:
-        for workspace_mb in (1e-6, 0.02, 0.3, 1000):
-            actual = ours(problem, backend=backend, strategy=strategy, workspace_mb=workspace_mb)
-            assert_close(actual, expected)
-    assert_close(ours(problem), expected)
+    for _ in range(2):
+        for strategy in STRATEGIES:
+            for workspace_mb in (1e-6, 0.02, 0.3, 1000):
+                actual = ours(problem, backend=backend, strategy=strategy, workspace_mb=workspace_mb)
+                assert_close(actual, expected)
+        assert_close(ours(problem), expected)
+        request.getfixturevalue("small_tiles")
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -195,14 +203,18 @@ def test_modules_are_the_functions(kind):
 @backends
 @strategies
 @pytest.mark.parametrize("reality", ["cross_entropy", "squared_error"])
-def test_one_target_in_three_forms(reality, backend, strategy):
-    """Top-k pairs are the dense target that they scatter to; one pair of mass 1 is a class index."""
+def test_one_target_in_three_forms(reality, backend, strategy, request):
+    """Top-k pairs are the dense target that they scatter to; one pair of mass 1 is a class index.
+
+    The first is cut into tiles and the second is not, for a mass that is lost with a tile.
+    """
     problem = linear_problem(8, vocab=1100, dtype=F64, reality=reality, label_smoothing=0.1)
     options = {"backend": backend, "strategy": strategy}
     pairs = top_k((8,), 1100, k=5, dtype=F64)
     pairs.indices[:, 1] = pairs.indices[:, 0]
-    sparse = ours(Problem(problem.leaves, pairs, problem.options), **options)
     full = ours(Problem(problem.leaves, dense(pairs, 1100), problem.options), **options)
+    request.getfixturevalue("small_tiles")
+    sparse = ours(Problem(problem.leaves, pairs, problem.options), **options)
     assert_close(sparse, full, 1e-12)
     one = tightrope.TopKTarget(problem.target[:, None], torch.ones(8, 1, dtype=F64))
     assert_close(
@@ -233,7 +245,7 @@ def test_a_single_token_without_dimensions(reduction, backend):
 
 
 @backends
-def test_argmax_of_ties_is_the_lowest_index(backend):
+def test_argmax_of_ties_is_the_lowest_index(backend, small_tiles):
     """Ties inside a tile, across tiles and across vector lanes."""
     vocab = 2500
     rows = [(5, 6), (3, 2400), (1023, 1024), (0, 1024), (17, 33), (2498, 2499)]
@@ -336,12 +348,14 @@ def test_double_backward_is_refused_and_not_wrong():
 
 
 @strategies
-def test_frozen_hidden_states_and_learned_balance(strategy):
-    """Any subset of the tensors may require grad, also none but the balance."""
+@pytest.mark.parametrize("learns_head", [False, True])
+def test_frozen_hidden_states_and_learned_balance(learns_head, strategy):
+    """Any subset of the tensors may require grad, also none but the balance, which then streams."""
     problem = linear_problem(5, vocab=60, dtype=F64, strategy=strategy)
     balance = rand(5, dtype=F64).requires_grad_()
+    head = problem.leaves["weight"].clone().requires_grad_(learns_head)
     loss = tightrope.linear_reality_creativity_loss(
-        problem.leaves["input"], problem.leaves["weight"], problem.target, balance=balance, strategy=strategy
+        problem.leaves["input"], head, problem.target, balance=balance, strategy=strategy
     )
     (gradient,) = torch.autograd.grad(loss, balance)
     problem.leaves = {**problem.leaves, "balance": balance.detach()}

@@ -92,9 +92,10 @@ def test_results(dtype, ignored, way):
 @pytest.mark.parametrize("dtype", [*INTEGER, *UNSIGNED], ids=str)
 @pytest.mark.parametrize("strategy", ["chunked", "streaming"])
 def test_class_indices(dtype, strategy):
-    """The widest class that the dtype holds; -100 where it has a sign."""
+    """The widest class that the dtype holds; -100 where it has a sign, and what it wraps to in uint8, 156."""
     hidden, weight, target = arguments()
     largest = min(VOCAB - 1, torch.iinfo(dtype).max)
+    target[1] = 156
     target = target.clamp_max(largest)
     target[0] = largest
     narrow = target.to(dtype)

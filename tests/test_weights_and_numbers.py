@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 import tightrope
 from calls import CALLS, every_loss
-from helpers import BACKENDS, assert_within, class_indices, rand, randn, top_k
+from helpers import BACKENDS, assert_within, class_indices, rand, randn, top_k, upstream_of
+from tightrope import reference
 
 ROWS, VOCAB, WIDTH = 40, 301, 8
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -25,6 +26,12 @@ def loss_of(strategy, hidden, weight, target, bias=None, skip_ignored=None, **op
         return tightrope.reality_creativity_loss(logits, target, **options)
     options |= {"strategy": strategy, "skip_ignored": skip_ignored, "workspace_mb": 0.02}
     return tightrope.linear_reality_creativity_loss(hidden, weight, target, bias, **options)
+
+
+def rows_of(hidden, weight, target):
+    """The loss of each row that every function of calls.py gives, in float64 by the plain formula."""
+    log_p = (hidden.double() @ weight.double().t()).log_softmax(-1)
+    return -0.9 * log_p.gather(-1, target[:, None])[:, 0] + 0.1 * (log_p.exp() * log_p).sum(-1)
 
 
 def poisoned(kind):
@@ -58,27 +65,31 @@ KINDS = ["hidden", "class", "top_k", "dense nan", "dense inf", "dense"]
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_weight_of_zero_ignores(kind, reduction, reality, strategy, skip_ignored, backend, one_thread):
-    """0 times NaN is NaN: the row went through all GEMMs and poisoned the head's gradient."""
+    """0 times NaN is NaN: the row went through all GEMMs and poisoned the head's gradient.
+
+    The others' loss and gradients are those of float64: a factor lost with the rows left out would show.
+    """
     if kind == "hidden" and strategy == "logits":
         pytest.skip("there it is plain PyTorch's product that NaN goes through")
     hidden, target, mask = poisoned(kind)
     weight, keep = leaves()[1], mask.bool()
-    part = tightrope.TopKTarget(*(t[keep] for t in target)) if kind == "top_k" else target[keep]
+    part = tuple(t[keep] for t in target) if kind == "top_k" else target[keep]
     options = {"balance": 0.2, "reality": reality, "reduction": reduction, "label_smoothing": 0.1}
 
-    def run(hidden, target, **more):
-        hidden = hidden.clone().requires_grad_()
-        loss = loss_of(strategy, hidden, weight, target, backend=backend, **options, **more)
-        return loss.detach(), *torch.autograd.grad(loss.sum(), (hidden, weight))
-
-    loss, to_hidden, to_weight = run(hidden, target, row_weight=mask, skip_ignored=skip_ignored)
-    exact, exact_hidden, exact_weight = run(hidden[keep], part)
+    more = {"row_weight": mask, "skip_ignored": skip_ignored, "backend": backend}
+    given = hidden.clone().requires_grad_()
+    loss = loss_of(strategy, given, weight, target, **options, **more)
+    upstream = upstream_of(loss)
+    to_hidden, to_weight = torch.autograd.grad(loss, (given, weight), upstream)
+    exact = [t.detach().double().requires_grad_() for t in (hidden[keep], weight)]
+    exact_loss = reference.linear_reality_creativity_loss(*exact, part, **options)
     if reduction == "none":
         assert not loss[~keep].any()
-        loss = loss[keep]
+        loss, upstream = loss[keep], upstream[keep]
+    exact_hidden, exact_weight = torch.autograd.grad(exact_loss, exact, upstream.double())
     assert not to_hidden[~keep].any()
     for name, a, b in (
-        ("loss", loss, exact),
+        ("loss", loss, exact_loss),
         ("input", to_hidden[keep], exact_hidden),
         ("weight", to_weight, exact_weight),
     ):
@@ -102,13 +113,14 @@ def test_statistics_of_a_row_of_weight_zero(call):
 
 @every_loss
 def test_a_learned_weight_that_is_zero_gets_its_gradient(call):
-    """It is the loss of its row: only a weight that nobody learns may skip it."""
+    """It is the loss of its row, as of any row: only a weight that nobody learns may skip it."""
     function, own = CALLS[call]
     hidden, weight = leaves()
     given = torch.ones(ROWS).index_fill_(0, torch.tensor([2]), 0.0).requires_grad_()
-    loss = function(hidden, weight, class_indices((ROWS,), VOCAB), row_weight=given, reduction="sum", **own)
-    loss.backward()
-    assert given.grad[2] > 0
+    target = class_indices((ROWS,), VOCAB)
+    loss = function(hidden, weight, target, row_weight=given, reduction="sum", **own)
+    (0.625 * loss).backward()
+    assert_within(given.grad, 0.625 * rows_of(hidden, weight, target), 1e-5)
 
 
 def test_a_shift_and_weights():
@@ -162,20 +174,28 @@ def test_rows_of_weight_zero_are_not_computed():
 
 @every_loss
 def test_weights_of_both_signs(call):
-    """Advantages: their sum is nearly nothing, and the loss was -1789332 where -0.013 is right."""
+    """Advantages: their sum is nearly nothing, and the loss was -1789332 where -0.013 is right.
+
+    A gradient that lost the weight of its row, or took another's, would show.
+    """
     function, own = CALLS[call]
     hidden, weight = leaves()
     target, advantage = class_indices((ROWS,), VOCAB), randn(ROWS, seed=6)
     advantage -= advantage.mean()
     with pytest.raises(ValueError, match=r"row_weight.*one sign.*normalizer="):
         function(hidden, weight, target, row_weight=advantage, **own)
-    rows = function(hidden, weight, target, reduction="none", **own)
     loss = function(hidden, weight, target, row_weight=advantage, normalizer=ROWS, **own)
-    assert_within(loss, (advantage * rows).double().sum() / ROWS, 1e-4)
+    exact = (advantage * rows_of(hidden, weight, target)).sum() / ROWS
+    assert_within(loss, exact, 1e-4)
+    grads, truths = (torch.autograd.grad(0.625 * x, (hidden, weight)) for x in (loss, exact))
+    for gradient, truth in zip(grads, truths):
+        assert_within(gradient, truth, 1e-5)
     for reduction in ("none", "sum"):
         function(hidden, weight, target, row_weight=advantage, reduction=reduction, **own)
-    # Of one sign, and of the tokens that count: no error.
-    function(hidden, weight, target, row_weight=-rand(ROWS), **own)
+    # Of one sign, and of the tokens that count: no error, and a mean by the weights, not by the tokens.
+    one_sign = -rand(ROWS)
+    loss = function(hidden, weight, target, row_weight=one_sign, **own)
+    assert_within(loss, (one_sign * rows_of(hidden, weight, target)).sum() / one_sign.sum(), 1e-6)
     function(hidden, weight, target.masked_fill(advantage < 0, -100), row_weight=advantage, **own)
 
 
@@ -201,9 +221,8 @@ def test_normalizers_of_any_form(form, call):
     function, own = CALLS[call]
     hidden, weight = leaves()
     target = class_indices((ROWS,), VOCAB)
-    total = function(hidden, weight, target, reduction="sum", **own)
     loss = function(hidden, weight, target, normalizer=FORMS[form](16), **own)
-    assert_within(loss, total.double() / 16, 1e-6)
+    assert_within(loss, rows_of(hidden, weight, target).sum() / 16, 1e-6)
     zero = function(hidden, weight, target, normalizer=FORMS[form](0), **own)
     assert zero.item() == 0
     assert not any(g.any() for g in torch.autograd.grad(zero, (hidden, weight)))
