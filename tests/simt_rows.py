@@ -96,6 +96,7 @@ class Simt:
 
     def _run(self, kernel: str, logits: Tensor, tail: tuple, **tensors: Tensor | None) -> None:
         offset, tile = tail[0], TileArguments(*tail[1:])
+        assert all(t is None or t.is_contiguous() for t in (tensors.get("threshold"), tensors.get("classes")))
         assert logits.stride(1) == 1 or logits.shape[1] == 1
         tensors |= {"logits": logits}
         tensors |= {name: t for name, t in vars(tile).items() if t is None or isinstance(t, Tensor)}
