@@ -1,10 +1,10 @@
 """How near the CUDA row kernels come to the speed of the memory: a fraction of a device-to-device copy.
 
 A copy of the logits reads and writes each byte once, which is what the fused kernel does; the statistics
-read, and the gradient reads and writes. From float32 logits, as the chunked strategy has them, the gradient
-is bfloat16 too. Each kernel's bytes (docs/cuda.md) over its time is given as a
-fraction of the copy's. Medians of rounds in which the kernels take turns, after a warm-up, timed with CUDA
-events; the logits are larger than any L2.
+read, and the gradient reads and writes; with a set of classes (`MinP(0.02)`) as without. From float32 logits,
+as the chunked strategy has them, the gradient is bfloat16 too. Each kernel's bytes (docs/cuda.md) over its
+time is given as a fraction of the copy's. Medians of rounds in which the kernels take turns, after a warm-up,
+timed with CUDA events; the logits are larger than any L2.
 
     python benchmarks/bandwidth.py [--rounds 20] [--megabytes 1024] [--json FILE]
 """
@@ -22,7 +22,7 @@ import torch
 
 from tightrope import backends
 from tightrope.losses import RealityCreativity
-from tightrope.statistics import empty_partial
+from tightrope.statistics import empty_partial, empty_sides
 
 VOCABULARIES = (32_000, 50_257, 128_256, 151_936, 262_144)
 DTYPES = (torch.bfloat16, torch.float32)
@@ -40,11 +40,15 @@ def candidates(rows: int, vocab: int, dtype: torch.dtype) -> dict[str, tuple[int
     upstream = RealityCreativity(vocab).upstream(
         torch.full((rows,), 0.3, device="cuda"), torch.ones(rows, device="cuda")
     )
+    # As of MinP(0.02).
+    threshold = logits.amax(-1).float() - 3.9
+    sides, of_sides = empty_sides(rows, torch.float32, logits.device), (threshold, None)
+    norms, coefs = torch.ones(4, rows, device="cuda"), torch.rand(14, rows, device="cuda")
     once = logits.numel() * logits.element_size()
 
     def apart(out: torch.Tensor) -> None:
         ops.row_stats(logits, partial, argmax, 0, *tail)
-        ops.row_grad(logits, out, norm, coef, 0, *tail)
+        ops.row_grad(logits, out, norm, coef, 0, None, None, *tail)
 
     def fused(out: torch.Tensor) -> None:
         ops.row_loss_grad(logits, out, partial, argmax, upstream, *tail)
@@ -52,7 +56,12 @@ def candidates(rows: int, vocab: int, dtype: torch.dtype) -> dict[str, tuple[int
     calls = {
         "copy": (2 * once, lambda: out.copy_(logits)),
         "row_stats": (once, lambda: ops.row_stats(logits, partial, argmax, 0, *tail)),
-        "row_grad": (2 * once, lambda: ops.row_grad(logits, out, norm, coef, 0, *tail)),
+        "row_grad": (2 * once, lambda: ops.row_grad(logits, out, norm, coef, 0, None, None, *tail)),
+        "row_sides": (once, lambda: ops.row_sides(logits, sides, 0, *of_sides, *tail)),
+        "row_grad, two sides": (
+            2 * once,
+            lambda: ops.row_grad(logits, out, norms, coefs, 0, *of_sides, *tail),
+        ),
         "row_stats + row_grad": (3 * once, lambda: apart(out)),
         "row_loss_grad": (2 * once, lambda: fused(out)),
     }

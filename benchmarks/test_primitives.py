@@ -43,5 +43,5 @@ def test_row_grad(benchmark, backend, laid_out, target):
     coef = torch.zeros(7, len(target))
     coef[0], coef[3] = 1.0, -1.0
     out = torch.empty_like(laid_out)
-    benchmark(backend.row_grad, laid_out, out, norm, coef, 0, *_tail(target))
+    benchmark(backend.row_grad, laid_out, out, norm, coef, 0, None, None, *_tail(target))
     assert out.sum(-1).abs().max() < 1e-3  # a softmax less its target

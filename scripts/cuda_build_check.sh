@@ -49,7 +49,7 @@ table = {row["backend"]: row for row in backends.describe()}
 for name in ("cpu", "cuda"):
     assert table[name]["available"], table[name]
     print(f"{name}: {table[name]['detail']}")
-for operator in ("row_stats", "row_grad", "row_loss_grad"):
+for operator in ("row_stats", "row_sides", "row_grad", "row_loss_grad"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tightrope::{operator}", "CUDA"), operator
 assert backends.resolve(None, torch.device("cuda")).name == "cuda"
 loss = tightrope.reality_creativity_loss(torch.zeros(3, 5), torch.tensor([0, 1, 2]))

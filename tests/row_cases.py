@@ -23,7 +23,7 @@ from tightrope import reference
 from tightrope.backends import ops
 from tightrope.coefficients import RowUpstream, row_coefficients
 from tightrope.losses import RealityCreativity
-from tightrope.statistics import StatGrads, empty_partial, row_stats, summarise
+from tightrope.statistics import OF_SUPPORT, StatGrads, empty_partial, row_stats, summarise
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 BF16, F16, F32, F64 = DTYPES
@@ -107,6 +107,7 @@ class Case:
             self.topk_index, self.topk_prob = pairs.indices, pairs.probs
         self.target = (self.index, self.dense, self.topk_index, self.topk_prob)
         self.active = None
+        self.threshold = self.classes = None  # a set, by `give_set` of side_cases.py
 
     def tail(self, dtype=None, offset=(0,)):
         """What follows the tensors of a kernel's own; in float64 for an oracle."""
@@ -115,6 +116,11 @@ class Case:
         ]
         bias = self.bias if self.bias is None or dtype is None else self.bias.to(dtype)
         return (*offset, *moved, bias, self.active, self.scale, self.softcap)
+
+    def sided_tail(self, dtype=None, offset=0):
+        """The same for a kernel that takes a set."""
+        threshold = self.threshold if self.threshold is None or dtype is None else self.threshold.to(dtype)
+        return self.tail(dtype, (offset, threshold, self.classes))
 
     def distribution(self):
         if self.topk_index is not None:
@@ -145,7 +151,8 @@ def stats_of(case, kernel):
 
 
 def grads_for(seed, wide, with_target):
-    fields = {name: randn(ROWS, seed=seed + i, dtype=wide) for i, name in enumerate(StatGrads._fields)}
+    names = [name for name in StatGrads._fields if name not in OF_SUPPORT]  # those of whole rows
+    fields = {name: randn(ROWS, seed=seed + i, dtype=wide) for i, name in enumerate(names)}
     fields["logit_sum"] *= 1e-3
     fields["logit_square_sum"] *= 1e-4
     return {k: v for k, v in fields.items() if with_target or not k.startswith("target")}
@@ -181,9 +188,9 @@ def check_grad(case, device, summary, in_place, gap=0, lead=0, narrow=None):
     total = sum((g.double() * exact_stats[name]).sum() for name, g in grads.items())
     (exact,) = torch.autograd.grad(total, raw)
     rough = torch.empty(ROWS, case.vocab, dtype=narrow or case.dtype)
-    ops.row_grad(case.logits, rough, norm, coef, *case.tail())
+    ops.row_grad(case.logits, rough, norm, coef, *case.sided_tail())
     out, buffer = (case.logits, case.buffer) if in_place else case.nan_out(gap, lead, narrow)
-    device.row_grad(case.logits, out, norm, coef, *case.tail())
+    device.row_grad(case.logits, out, norm, coef, *case.sided_tail())
     floor = {F64: 1e-13, F32: 1e-6}[case.wide] * (1 + exact.abs().max().item())
     assert_no_worse(out, exact, rough, floor, "gradient")
     assert buffer.isnan().sum() == buffer.numel() - out.numel()  # nothing written outside, nothing left
@@ -262,7 +269,7 @@ def check_sentinels(case, device):
     (truth,) = torch.autograd.grad(sum((g.double() * exact[n]).sum() for n, g in grads.items()), raw)
     coef = row_coefficients(summary, StatGrads(**grads), case.vocab)
     out, _ = case.nan_out()
-    device.row_grad(case.logits, out, summary[:2].contiguous(), coef, *case.tail())
+    device.row_grad(case.logits, out, summary[:2].contiguous(), coef, *case.sided_tail())
     narrow = ROUNDING.get(case.dtype, 0.0) + SMALLEST.get(case.dtype, 0.0)
     assert_representable(out, truth, rtol + narrow, floor, "row_grad")
     if case.distribution() is None:
@@ -298,7 +305,7 @@ def all_bits(device, kind, dtype=BF16, vocab=4500):
     summary, argmax = stats_of(case, device.row_stats)
     coef = row_coefficients(summary.nan_to_num(), StatGrads(lse=torch.ones(ROWS)), vocab)
     apart, _ = case.nan_out()
-    device.row_grad(case.logits, apart, summary[:2].contiguous(), coef, *case.tail())
+    device.row_grad(case.logits, apart, summary[:2].contiguous(), coef, *case.sided_tail())
     upstream = RealityCreativity(vocab).upstream(torch.full((ROWS,), 0.3), torch.ones(ROWS))
     outputs = [summary, apart, *fused(case, device, upstream), argmax]
     return [t.contiguous().view(torch.uint8) for t in outputs]

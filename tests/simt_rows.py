@@ -25,7 +25,7 @@ from tightrope.arguments import TileArguments
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "tests" / "simt" / "rows_host.cpp"
 FLAGS = ["-std=c++20", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
-KERNELS = ("row_stats", "row_grad", "row_loss_grad")
+KERNELS = ("row_stats", "row_grad", "row_loss_grad", "row_sides")
 
 
 def compiler() -> str | None:
@@ -60,6 +60,10 @@ class Call(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("out_stride", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("norm", "coef", "upstream", "partial", "argmax")),
+        ("threshold", ctypes.c_void_p),
+        ("classes", ctypes.c_void_p),
+        ("listed", ctypes.c_int64),
+        ("sides", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("read", "written", "runs", "kept", "shared", "fuses")),
     )
 
@@ -90,8 +94,9 @@ class Simt:
     skip_barrier: int = -1
     last: Call | None = field(default=None, repr=False)
 
-    def _run(self, kernel: str, logits: Tensor, tail: tuple, **tensors: Tensor) -> None:
+    def _run(self, kernel: str, logits: Tensor, tail: tuple, **tensors: Tensor | None) -> None:
         offset, tile = tail[0], TileArguments(*tail[1:])
+        assert all(t is None or t.is_contiguous() for t in (tensors.get("threshold"), tensors.get("classes")))
         assert logits.stride(1) == 1 or logits.shape[1] == 1
         tensors |= {"logits": logits}
         tensors |= {name: t for name, t in vars(tile).items() if t is None or isinstance(t, Tensor)}
@@ -109,6 +114,7 @@ class Simt:
             softcap=tile.softcap or 0.0,
             dense_stride=0 if tile.dense is None else tile.dense.stride(0),
             topk=0 if tile.topk_index is None else tile.topk_index.shape[1],
+            listed=0 if tensors.get("classes") is None else tensors["classes"].shape[1],
             out_stride=tensors["out"].stride(0) if "out" in tensors else 0,
         )
         library().simt_run(KERNELS.index(kernel), ctypes.byref(call))
@@ -117,8 +123,13 @@ class Simt:
     def row_stats(self, logits, partial, argmax, *tail) -> None:
         self._run("row_stats", logits, tail, partial=partial, argmax=argmax)
 
-    def row_grad(self, logits, out, norm, coef, *tail) -> None:
-        self._run("row_grad", logits, tail, out=out, norm=norm, coef=coef)
+    def row_sides(self, logits, sides, offset, threshold, classes, *tail) -> None:
+        which = {"threshold": threshold, "classes": classes}
+        self._run("row_sides", logits, (offset, *tail), sides=sides, **which)
+
+    def row_grad(self, logits, out, norm, coef, offset, threshold, classes, *tail) -> None:
+        which = {"threshold": threshold, "classes": classes}
+        self._run("row_grad", logits, (offset, *tail), out=out, norm=norm, coef=coef, **which)
 
     def row_loss_grad(self, logits, out, partial, argmax, upstream, *tail) -> None:
         tensors = {"out": out, "partial": partial, "argmax": argmax, "upstream": upstream}

@@ -22,7 +22,12 @@ FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnin
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 TYPES = ("bf16", "fp16", "fp32", "fp64", "narrow")  # narrow: gradients of float32 logits in 16 bits
 # Threads a block and blocks an SM, as stated beside the kernels: lean instances, and the others.
-OCCUPANCY = {"row_stats": (256, 4, 2), "row_grad": (256, 4, 2), "row_loss_grad": (512, 2, 1)}
+OCCUPANCY = {
+    "row_stats": (256, 4, 2),
+    "row_sides": (256, 4, 2),
+    "row_grad": (256, 4, 2),
+    "row_loss_grad": (512, 2, 1),
+}
 REGISTERS = 65536  # of an SM
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the path")
@@ -31,7 +36,8 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the path")
 @dataclass
 class Kernel:
     name: str
-    lean: bool
+    plain: bool
+    lean: bool  # holds to 64 registers
     report: str  # ptxas's
     ptx: str
     sass: str | None
@@ -79,10 +85,11 @@ def build(name: str, arch: str) -> list[Kernel]:
     kernels = []
     for symbol, report in reports.items():
         kind = re.search(r"\d(row_[a-z_]+?)_kernel", symbol)[1]
-        lean = "Lb1" in symbol and name != "fp64"
-        kernels.append(Kernel(kind, lean, report, ptx[symbol], sass.get(symbol)))
+        plain = "Lb1" in symbol
+        kernels.append(Kernel(kind, plain, plain and name != "fp64", report, ptx[symbol], sass.get(symbol)))
     writers = {"row_grad", "row_loss_grad"}
-    assert {k.name for k in kernels} == (writers if name == "narrow" else {*OCCUPANCY, "row_stats_merge"})
+    second = {"row_stats_merge", "row_sides_merge"}
+    assert {k.name for k in kernels} == (writers if name == "narrow" else {*OCCUPANCY, *second})
     return kernels
 
 
@@ -108,14 +115,17 @@ def test_logits_move_in_16_byte_accesses(name, arch):
         if kernel.name not in OCCUPANCY:
             continue
         if kernel.sass is None:
-            code, load, store = kernel.ptx, r"ld\.global(\.nc)?\.v4\.[bu]32", r"st\.global\.v4\.[bu]32"
+            whole = r"\.global(\.nc)?\.(v4\.[bfu]32|v2\.[bfu]64)"
+            code, load, store = kernel.ptx, "ld" + whole, "st" + whole
+            half = r"st\.global\.(v4\.[bu]16|v2\.[bu]32|[bu]64)"
         else:
-            code, load, store = kernel.sass, r"LDG\.E\.128", r"STG\.E\.128"
+            code, load, store, half = kernel.sass, r"LDG\.E\.128", r"STG\.E\.128", r"STG\.E\.64"
         if name == "narrow":  # what 16 bytes become
-            store = store.replace("v4", "v2").replace("128", "64")
-        ahead = 2 if name == "fp64" else 3 if kernel.name == "row_loss_grad" else 4
+            store = half
+        three = kernel.name == "row_loss_grad" or (kernel.name == "row_sides" and name in ("bf16", "fp16"))
+        ahead = 2 if name == "fp64" else 3 if three else 4
         assert len(re.findall(load, code)) >= ahead, f"{kernel.name}: loads"
-        if kernel.name != "row_stats":
+        if kernel.name not in ("row_stats", "row_sides"):
             assert re.search(store, code), f"{kernel.name}: stores"
         if kernel.name == "row_loss_grad" and kernel.sass is not None:
             assert re.search(r"STS(\.E)?\.128", code), "the row is kept by 16-byte stores"
@@ -126,3 +136,12 @@ def test_clusters_are_used_from_sm_90_on():
     for arch in ARCHITECTURES:
         fused = [k for k in build("bf16", arch) if k.name == "row_loss_grad"]
         assert all(("barrier.cluster" in k.ptx) == (arch != "sm_80") for k in fused)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_plain_gradients_know_nothing_of_sets(name):
+    """Fails if an instance that serves rows without a set reads what tells a set: they would pay for it."""
+    for kernel in build(name, "sm_90a"):
+        if kernel.name == "row_grad":
+            reads = re.search(r"ld\.param[^;]*_param_1\b", kernel.ptx) is not None
+            assert reads != kernel.plain

@@ -131,9 +131,9 @@ def test_tiles_merge_into_whole_rows(dtype):
     coef = row_coefficients(summary, StatGrads(**grads_for(1, case.wide, True)), case.vocab)
     norm = summary[:2].contiguous()
     for part in tiles:
-        ONE.row_grad(case.logits[:, part], out[:, part], norm, coef, *case.tail(offset=(part.start,)))
+        ONE.row_grad(case.logits[:, part], out[:, part], norm, coef, *case.sided_tail(offset=part.start))
     entire, _ = case.nan_out()
-    ONE.row_grad(case.logits, entire, norm, coef, *case.tail())
+    ONE.row_grad(case.logits, entire, norm, coef, *case.sided_tail())
     assert torch.equal(out, entire)
 
 
@@ -222,7 +222,7 @@ def test_a_missing_barrier_shows(kernel, barriers):
         if kernel == "row_grad":
             summary, _ = stats_of(case, ops.row_stats)
             coef = row_coefficients(summary, StatGrads(target_log_prob=torch.ones(ROWS)), 3000)
-            device.row_grad(case.logits, case.logits, summary[:2].contiguous(), coef, *case.tail())
+            device.row_grad(case.logits, case.logits, summary[:2].contiguous(), coef, *case.sided_tail())
             return case.logits.clone()
         upstream = RealityCreativity(3000).upstream(torch.full((ROWS,), 0.3), torch.ones(ROWS))
         return fused(case, device, upstream)[0]
@@ -257,13 +257,13 @@ def test_bytes_moved_for_each_logit(dtype):
         summary, _ = stats_of(case, device.row_stats)
         assert (device.last.read, device.last.written) == (ROWS * row, 0)
         coef = row_coefficients(summary, StatGrads(), vocab)
-        device.row_grad(case.logits, case.nan_out()[0], summary[:2].contiguous(), coef, *case.tail())
+        device.row_grad(case.logits, case.nan_out()[0], summary[:2].contiguous(), coef, *case.sided_tail())
         assert (device.last.read, device.last.written) == (ROWS * row, ROWS * row)
         fused(case, device, upstream)
         assert (device.last.read, device.last.written) == (ROWS * row, ROWS * row)
         if dtype == F32:
             half, _ = case.nan_out(dtype=BF16)
-            device.row_grad(case.logits, half, summary[:2].contiguous(), coef, *case.tail())
+            device.row_grad(case.logits, half, summary[:2].contiguous(), coef, *case.sided_tail())
             assert (device.last.read, device.last.written) == (ROWS * row, ROWS * row // 2)
             partial, argmax = empty_partial(ROWS, F32, half.device)
             device.row_loss_grad(case.logits, half, partial, argmax, upstream, *case.tail(offset=()))

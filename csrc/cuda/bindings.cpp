@@ -161,6 +161,33 @@ struct Shared {
   }
 };
 
+// Which entries are in the sets, checked.
+struct Sets {
+  const OptionalTensor &threshold, &classes;
+
+  bool given() const { return threshold.has_value() || classes.has_value(); }
+
+  template <class scalar_t>
+  SideArgs<Arithmetic<scalar_t>> args(const Tensor& logits) const {
+    using T = Arithmetic<scalar_t>;
+    const int64_t rows = logits.size(0);
+    int64_t listed = 0;
+    TORCH_CHECK_VALUE(
+        !threshold.has_value() || !classes.has_value(), "threshold and classes exclude each other");
+    if (threshold.has_value()) {
+      check(*threshold, "threshold", {rows}, c10::CppTypeToScalarType<T>::value, logits);
+    }
+    if (classes.has_value()) {
+      listed = classes->size(-1);
+      TORCH_CHECK_VALUE(
+          listed <= kMaxColumns, "classes has shape ", classes->sizes(),
+          ", more than a launch can take");
+      check(*classes, "classes", {rows, listed}, at::kLong, logits);
+    }
+    return {pointer<T>(threshold), pointer<int64_t>(classes), static_cast<int>(listed)};
+  }
+};
+
 void succeed(int error) {
   C10_CUDA_CHECK(static_cast<cudaError_t>(error));
 }
@@ -217,26 +244,55 @@ void row_stats_op(
   });
 }
 
-void row_grad_op(
-    const Tensor& logits, Tensor& out, const Tensor& norm, const Tensor& coef, int64_t offset,
-    const OptionalTensor& index, const OptionalTensor& dense, const OptionalTensor& topk_index,
-    const OptionalTensor& topk_prob, const OptionalTensor& bias, const OptionalTensor& active,
-    double logit_scale, std::optional<double> softcap) {
+void row_sides_op(
+    const Tensor& logits, Tensor& sides, int64_t offset, const OptionalTensor& threshold,
+    const OptionalTensor& classes, const OptionalTensor& index, const OptionalTensor& dense,
+    const OptionalTensor& topk_index, const OptionalTensor& topk_prob, const OptionalTensor& bias,
+    const OptionalTensor& active, double logit_scale, std::optional<double> softcap) {
   const Shared shared{logits,    offset, index,  dense,       topk_index,
                       topk_prob, bias,   active, logit_scale, softcap};
+  const Sets sets{threshold, classes};
+  TORCH_CHECK_VALUE(sets.given(), "row_sides takes threshold or classes");
+  dispatch(logits, [&]<class scalar_t>() {
+    using T = Arithmetic<scalar_t>;
+    const RowArgs<scalar_t> args = shared.args<scalar_t>();
+    const SideArgs<T> which = sets.args<scalar_t>(logits);
+    check(sides, "sides", {kSideFields, args.rows}, c10::CppTypeToScalarType<T>::value, logits);
+    const Runs runs = plan_stats<scalar_t>(args.rows, args.cols, device_of(logits.get_device()));
+    SidesOut<T> out{sides.data_ptr<T>(), nullptr};
+    Tensor split_sides;
+    if (runs.count > 1) {
+      split_sides = at::empty({runs.count, kSideFields, args.rows}, sides.options());
+      out.split_sides = split_sides.data_ptr<T>();
+    }
+    succeed(row_sides(args, which, out, runs, c10::cuda::getCurrentCUDAStream()));
+  });
+}
+
+void row_grad_op(
+    const Tensor& logits, Tensor& out, const Tensor& norm, const Tensor& coef, int64_t offset,
+    const OptionalTensor& threshold, const OptionalTensor& classes, const OptionalTensor& index,
+    const OptionalTensor& dense, const OptionalTensor& topk_index, const OptionalTensor& topk_prob,
+    const OptionalTensor& bias, const OptionalTensor& active, double logit_scale,
+    std::optional<double> softcap) {
+  const Shared shared{logits,    offset, index,  dense,       topk_index,
+                      topk_prob, bias,   active, logit_scale, softcap};
+  const Sets sets{threshold, classes};
   check_out(out, logits);
   dispatch(logits, [&]<class scalar_t>() {
     using T = Arithmetic<scalar_t>;
     constexpr auto type = c10::CppTypeToScalarType<T>::value;
     const RowArgs<scalar_t> args = shared.args<scalar_t>();
-    check(norm, "norm", {2, args.rows}, type, logits);
-    check(coef, "coef", {kCoefficients, args.rows}, type, logits);
+    const SideArgs<T> which = sets.args<scalar_t>(logits);
+    const int sides = sets.given() ? 2 : 1;
+    check(norm, "norm", {2 * sides, args.rows}, type, logits);
+    check(coef, "coef", {kCoefficients * sides, args.rows}, type, logits);
     TORCH_CHECK_VALUE(
         !narrows_in_place(out, logits), "out is ", out.scalar_type(),
         ", narrower than the logits, ", "so it may not share their memory");
     dispatch_out<scalar_t>(out, [&]<class out_t>() {
       succeed(row_grad(
-          args, static_cast<out_t*>(out.data_ptr()), out.stride(0), norm.const_data_ptr<T>(),
+          args, which, static_cast<out_t*>(out.data_ptr()), out.stride(0), norm.const_data_ptr<T>(),
           coef.const_data_ptr<T>(), plan_grad<scalar_t>(args.cols),
           c10::cuda::getCurrentCUDAStream()));
     });
@@ -295,6 +351,7 @@ bool fuses_on(int64_t rows, int64_t cols, int64_t sparse, bool wide, int device)
 
 TORCH_LIBRARY_IMPL(tightrope, CUDA, m) {
   m.impl("row_stats", TORCH_FN(tightrope::cuda::row_stats_op));
+  m.impl("row_sides", TORCH_FN(tightrope::cuda::row_sides_op));
   m.impl("row_grad", TORCH_FN(tightrope::cuda::row_grad_op));
   m.impl("row_loss_grad", TORCH_FN(tightrope::cuda::row_loss_grad_op));
 }

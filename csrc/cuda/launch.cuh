@@ -5,6 +5,7 @@
 #pragma once
 
 #include "row_loss_grad.cuh"
+#include "row_sides.cuh"
 
 namespace tightrope::cuda {
 
@@ -72,15 +73,31 @@ int row_stats(
       args.active);
 }
 
+template <class scalar_t>
+int row_sides(
+    const RowArgs<scalar_t>& args, const SideArgs<Arithmetic<scalar_t>>& which,
+    const SidesOut<Arithmetic<scalar_t>>& out, const Runs& runs, CUstream_st* stream) {
+  using T = Arithmetic<scalar_t>;
+  const auto kernel =
+      args.raw_are_logits() ? row_sides_kernel<scalar_t, true> : row_sides_kernel<scalar_t, false>;
+  const Shape shape{args.rows, runs.count, runs.threads, 1, kSidesSharedBytes<T>};
+  const int error = launch(kernel, shape, stream, args, which, out, runs.columns);
+  if (error != 0 || runs.count == 1) return error;
+  constexpr int kRows = kStatsThreads / kWarp;
+  const Shape second{(args.rows + kRows - 1) / kRows, 1, kStatsThreads, 1, 0};
+  return launch(row_sides_merge_kernel<T>, second, stream, out, args.rows, runs.count, args.active);
+}
+
 template <class scalar_t, class out_t>
 int row_grad(
-    const RowArgs<scalar_t>& args, out_t* out, int64_t out_stride, const Arithmetic<scalar_t>* norm,
-    const Arithmetic<scalar_t>* coef, const Runs& runs, CUstream_st* stream) {
-  const auto kernel = args.plain() ? row_grad_kernel<scalar_t, out_t, true>
-                                   : row_grad_kernel<scalar_t, out_t, false>;
+    const RowArgs<scalar_t>& args, const SideArgs<Arithmetic<scalar_t>>& which, out_t* out,
+    int64_t out_stride, const Arithmetic<scalar_t>* norm, const Arithmetic<scalar_t>* coef,
+    const Runs& runs, CUstream_st* stream) {
+  const auto kernel = args.plain() && !which.given() ? row_grad_kernel<scalar_t, out_t, true>
+                                                     : row_grad_kernel<scalar_t, out_t, false>;
   const Shape shape{
       args.rows, runs.count, runs.threads, 1, staged_bytes<Arithmetic<scalar_t>>(args.sparse())};
-  return launch(kernel, shape, stream, args, out, out_stride, norm, coef, runs.columns);
+  return launch(kernel, shape, stream, args, which, out, out_stride, norm, coef, runs.columns);
 }
 
 template <class scalar_t>
@@ -119,17 +136,20 @@ int row_loss_grad(
   namespace tightrope::cuda {                                                                      \
   template int row_stats<scalar_t>(                                                                \
       const RowArgs<scalar_t>&, const StatsOut<Arithmetic<scalar_t>>&, const Runs&, CUstream_st*); \
+  template int row_sides<scalar_t>(                                                                \
+      const RowArgs<scalar_t>&, const SideArgs<Arithmetic<scalar_t>>&,                             \
+      const SidesOut<Arithmetic<scalar_t>>&, const Runs&, CUstream_st*);                           \
   template int loss_fixed_bytes<scalar_t>(int);                                                    \
   template bool loss_has_clusters<scalar_t>();                                                     \
   }                                                                                                \
   TIGHTROPE_INSTANTIATE_GRADIENTS(scalar_t, scalar_t)
 
-#define TIGHTROPE_INSTANTIATE_GRADIENTS(scalar_t, out_t)                          \
-  namespace tightrope::cuda {                                                     \
-  template int row_grad<scalar_t, out_t>(                                         \
-      const RowArgs<scalar_t>&, out_t*, int64_t, const Arithmetic<scalar_t>*,     \
-      const Arithmetic<scalar_t>*, const Runs&, CUstream_st*);                    \
-  template int row_loss_grad<scalar_t, out_t>(                                    \
-      const RowArgs<scalar_t>&, out_t*, int64_t, Arithmetic<scalar_t>*, int64_t*, \
-      const Arithmetic<scalar_t>*, const LossPlan&, CUstream_st*);                \
+#define TIGHTROPE_INSTANTIATE_GRADIENTS(scalar_t, out_t)                                    \
+  namespace tightrope::cuda {                                                               \
+  template int row_grad<scalar_t, out_t>(                                                   \
+      const RowArgs<scalar_t>&, const SideArgs<Arithmetic<scalar_t>>&, out_t*, int64_t,     \
+      const Arithmetic<scalar_t>*, const Arithmetic<scalar_t>*, const Runs&, CUstream_st*); \
+  template int row_loss_grad<scalar_t, out_t>(                                              \
+      const RowArgs<scalar_t>&, out_t*, int64_t, Arithmetic<scalar_t>*, int64_t*,           \
+      const Arithmetic<scalar_t>*, const LossPlan&, CUstream_st*);                          \
   }

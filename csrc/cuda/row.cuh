@@ -133,18 +133,18 @@ TIGHTROPE_DEVICE void accumulate(
   part.sums.count += kRuns * N;
 }
 
-// The statistics of this thread's share of a run of a row that starts at `begin`. keep(vector, raw)
-// sees every vector that was read; edge is this thread's entry of the run's edge, if it has one.
-// kAhead: vectors in flight.
-template <bool kPlain, int kAhead, class scalar_t, class T, class Keep>
-TIGHTROPE_DEVICE Part<T> sweep(
+// Reads this thread's share of a run of a row that starts at `begin`, and gives the logits to
+// sums.add<kRuns, N>, as `accumulate` takes them. keep(vector, raw) sees every vector that was
+// read; edge is this thread's entry of the run's edge, if it has one. kAhead: vectors in flight.
+template <bool kPlain, int kAhead, class scalar_t, class Keep, class Sums>
+TIGHTROPE_DEVICE void read_run(
     const RowArgs<scalar_t>& a, const scalar_t* start, int begin, const Span<scalar_t>& span,
-    const T* dense, scalar_t edge, Keep keep) {
+    scalar_t edge, Keep keep, Sums& sums) {
+  using T = Arithmetic<scalar_t>;
   constexpr int kPer = kLanes<scalar_t>;
   const scalar_t* body = start + span.head;
   const int step = blockDim.x;
   const int first = begin + span.head;
-  Part<T> part;
   int v = threadIdx.x;
   for (; v + (kAhead - 1) * step < span.vectors; v += kAhead * step) {
     Vector raw[kAhead];
@@ -157,7 +157,7 @@ TIGHTROPE_DEVICE Part<T> sweep(
       unpack<scalar_t>(raw[u], z + u * kPer);
       transform<kPlain, kPer>(a, first + (v + u * step) * kPer, z + u * kPer);
     }
-    accumulate<kAhead, kPer>(part, z, first + v * kPer, step * kPer, kPlain ? nullptr : dense);
+    sums.template add<kAhead, kPer>(z, first + v * kPer, step * kPer);
   }
   for (; v < span.vectors; v += step) {
     const Vector raw = load_vector(body + int64_t(v) * kPer);
@@ -165,15 +165,35 @@ TIGHTROPE_DEVICE Part<T> sweep(
     T z[kPer];
     unpack<scalar_t>(raw, z);
     transform<kPlain, kPer>(a, first + v * kPer, z);
-    accumulate<1, kPer>(part, z, first + v * kPer, 0, kPlain ? nullptr : dense);
+    sums.template add<1, kPer>(z, first + v * kPer, 0);
   }
   if (static_cast<int>(threadIdx.x) < span.edges()) {
     const int column = begin + span.edge_column(threadIdx.x);
     T z = widen(edge);
     transform<kPlain, 1>(a, column, &z);
-    accumulate<1, 1>(part, &z, column, 0, kPlain ? nullptr : dense);
+    sums.template add<1, 1>(&z, column, 0);
   }
-  return part;
+}
+
+template <class T>
+struct PartSums {
+  Part<T> part;
+  const T* dense;
+
+  template <int kRuns, int N>
+  TIGHTROPE_DEVICE void add(const T* z, int column, int stride) {
+    accumulate<kRuns, N>(part, z, column, stride, dense);
+  }
+};
+
+// The statistics of this thread's share of a run.
+template <bool kPlain, int kAhead, class scalar_t, class T, class Keep>
+TIGHTROPE_DEVICE Part<T> sweep(
+    const RowArgs<scalar_t>& a, const scalar_t* start, int begin, const Span<scalar_t>& span,
+    const T* dense, scalar_t edge, Keep keep) {
+  PartSums<T> sums{Part<T>(), kPlain ? nullptr : dense};
+  read_run<kPlain, kAhead>(a, start, begin, span, edge, keep, sums);
+  return sums.part;
 }
 
 // Butterflies: every lane ends with the same bits.

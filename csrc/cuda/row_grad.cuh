@@ -6,11 +6,15 @@
 // after the others, whole and rounded once: no block ever waits for another, and repeated indices
 // add up in their order in the target.
 //
+// Where rows have a set of classes an entry takes the form of its side. That is the general
+// instance's alone, whose vectors without an entry of the set cost no more than they do without
+// one.
+//
 // Occupancy: as row_stats: 256 threads, four blocks an SM, at most 64 registers (general instance
 // and float64: two blocks, 128 registers); shared memory only for staged targets.
 #pragma once
 
-#include "row.cuh"
+#include "sides.cuh"
 
 namespace tightrope::cuda {
 
@@ -19,6 +23,39 @@ template <class T>
 struct Form {
   T max, log_sum;
   Coefficients<T> c;
+};
+
+template <class T>
+TIGHTROPE_DEVICE Form<T> load_form(const T* norm, const T* coef, int64_t rows, int64_t row) {
+  const auto value = [&](int k) { return coef[k * rows + row]; };
+  return {
+      norm[row], norm[rows + row],
+      Coefficients<T>{value(0), value(1), value(2), value(3), value(4), value(5), value(6)}};
+}
+
+// Field by field: a reference to one or the other would leave registers.
+template <class T>
+TIGHTROPE_DEVICE Form<T> select(bool first, const Form<T>& x, const Form<T>& y) {
+  const auto pick = [first](T u, T v) { return first ? u : v; };
+  return {
+      pick(x.max, y.max),
+      pick(x.log_sum, y.log_sum),
+      {pick(x.c.prob, y.c.prob), pick(x.c.prob_log_prob, y.c.prob_log_prob),
+       pick(x.c.prob_square, y.c.prob_square), pick(x.c.target, y.c.target),
+       pick(x.c.target_prob, y.c.target_prob), pick(x.c.logit, y.c.logit),
+       pick(x.c.constant, y.c.constant)}};
+}
+
+// The forms of the two sides of a row. That of the set is read where it is needed: few vectors have
+// an entry of the set, and for both forms float64 has no registers.
+template <class T>
+struct SidedForm {
+  Form<T> rest;
+  Members<T> members;
+  const T *norm, *coef;  // of the set
+  int64_t rows, row;
+
+  TIGHTROPE_DEVICE Form<T> set() const { return load_form(norm, coef, rows, row); }
 };
 
 // N logits to their gradients with respect to the raw values, in place. mass: of the target, read
@@ -45,11 +82,30 @@ TIGHTROPE_DEVICE void gradients(
   }
 }
 
+template <bool kPlain, int N, class Args, class T>
+TIGHTROPE_DEVICE void gradients_at(
+    const Args& a, const Form<T>& form, int, T* z, bool has_mass, const T* mass) {
+  gradients<kPlain, N>(a, form, z, has_mass, mass);
+}
+// The same of N consecutive logits from `column`, each by its side.
+template <bool kPlain, int N, class Args, class T>
+TIGHTROPE_DEVICE void gradients_at(
+    const Args& a, const SidedForm<T>& form, int column, T* z, bool has_mass, const T* mass) {
+  const unsigned in = form.members.template among<N>(z, column);
+  if (in == 0) return gradients<kPlain, N>(a, form.rest, z, has_mass, mass);
+  const Form<T> set = form.set();
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    const Form<T> own = select((in >> k & 1) != 0, set, form.rest);
+    gradients<kPlain, 1>(a, own, z + k, has_mass, mass + k);
+  }
+}
+
 // Gradients of one vector of raw values, whose first entry is `column`, to `out`. wide: out is
 // aligned.
-template <bool kPlain, class scalar_t, class out_t, class T>
+template <bool kPlain, class scalar_t, class out_t, class Forms, class T>
 TIGHTROPE_DEVICE void write_vector(
-    const RowArgs<scalar_t>& a, const Form<T>& form, const Vector& raw, int column, const T* dense,
+    const RowArgs<scalar_t>& a, const Forms& form, const Vector& raw, int column, const T* dense,
     out_t* out, bool wide) {
   constexpr int kPer = kLanes<scalar_t>;
   T z[kPer];
@@ -58,16 +114,16 @@ TIGHTROPE_DEVICE void write_vector(
   const bool has_mass = !kPlain && dense != nullptr;
   T b[kPer];
   if (has_mass) load_run<kPer>(dense + column, b);
-  gradients<kPlain, kPer>(a, form, z, has_mass, b);
+  gradients_at<kPlain, kPer>(a, form, column, z, has_mass, b);
   store_run<kPer>(out, z, wide);
 }
 
 // Gradients of a run that starts at column `begin`. source(vector) gives a vector's raw values; out
 // is the run's first output and may be the logits themselves: a thread reads what it writes.
 // kAhead: vectors that a thread reads before it writes the first.
-template <bool kPlain, int kAhead, class scalar_t, class out_t, class T, class Source>
+template <bool kPlain, int kAhead, class scalar_t, class out_t, class Forms, class T, class Source>
 TIGHTROPE_DEVICE void write_gradients(
-    const RowArgs<scalar_t>& a, const Form<T>& form, int begin, const Span<scalar_t>& span,
+    const RowArgs<scalar_t>& a, const Forms& form, int begin, const Span<scalar_t>& span,
     const T* dense, scalar_t edge, out_t* out, Source source) {
   const bool wide = aligned(out + span.head, kLanes<scalar_t> * sizeof(out_t));
   const int step = blockDim.x;
@@ -92,7 +148,7 @@ TIGHTROPE_DEVICE void write_gradients(
     transform<kPlain, 1>(a, begin + column, &z);
     const bool has_mass = !kPlain && dense != nullptr;
     if (has_mass) b = dense[begin + column];
-    gradients<kPlain, 1>(a, form, &z, has_mass, &b);
+    gradients_at<kPlain, 1>(a, form, begin + column, &z, has_mass, &b);
     out_t g;
     narrow(z, &g);
     store_one(out + column, g);
@@ -100,9 +156,9 @@ TIGHTROPE_DEVICE void write_gradients(
 }
 
 // Writes the staged entries again, with their target mass. The first of equal indices adds up all.
-template <bool kPlain, class scalar_t, class out_t, class T>
+template <bool kPlain, class scalar_t, class out_t, class Forms, class T>
 TIGHTROPE_DEVICE void write_sparse(
-    const RowArgs<scalar_t>& a, const Form<T>& form, int64_t row, const Staged<T>& staged,
+    const RowArgs<scalar_t>& a, const Forms& form, int64_t row, const Staged<T>& staged,
     out_t* out) {
   for (int k = threadIdx.x; k < a.sparse(); k += blockDim.x) {
     const int column = staged.column[k];
@@ -116,7 +172,7 @@ TIGHTROPE_DEVICE void write_sparse(
     }
     if (!first) continue;
     T z = staged.z[k];
-    gradients<kPlain, 1>(a, form, &z, true, &mass);
+    gradients_at<kPlain, 1>(a, form, column, &z, true, &mass);
     out_t g;
     narrow(z, &g);
     store_one(out + column, g);
@@ -135,11 +191,12 @@ TIGHTROPE_DEVICE void write_zeros(scalar_t* out, int n) {
   }
 }
 
-// grid: rows x runs of `run` columns. norm [2, rows], coef [kCoefficients, rows].
+// grid: rows x runs of `run` columns. The plain instance takes no set.
 template <class scalar_t, class out_t, bool kPlain>
 __global__ void __launch_bounds__(kGradThreads, kLean<scalar_t, kPlain> ? 4 : 2) row_grad_kernel(
-    const RowArgs<scalar_t> a, out_t* out, int64_t out_stride, const Arithmetic<scalar_t>* norm,
-    const Arithmetic<scalar_t>* coef, int run) {
+    const RowArgs<scalar_t> a, const SideArgs<Arithmetic<scalar_t>> which, out_t* out,
+    int64_t out_stride, const Arithmetic<scalar_t>* norm, const Arithmetic<scalar_t>* coef,
+    int run) {
   using T = Arithmetic<scalar_t>;
   constexpr int kPer = kLanes<scalar_t>;
   const int64_t row = blockIdx.x;
@@ -159,18 +216,25 @@ __global__ void __launch_bounds__(kGradThreads, kLean<scalar_t, kPlain> ? 4 : 2)
   if (static_cast<int>(threadIdx.x) < span.edges()) {
     edge = load_one(start + span.edge_column(threadIdx.x));
   }
-  const auto value = [&](int k) { return coef[k * a.rows + row]; };
-  const Form<T> form{
-      norm[row], norm[a.rows + row],
-      Coefficients<T>{value(0), value(1), value(2), value(3), value(4), value(5), value(6)}};
+  const Form<T> rest = load_form(norm, coef, a.rows, row);
   if (a.sparse() > 0) __syncthreads();  // staged before another thread writes
   const scalar_t* body = start + span.head;
-  write_gradients<kPlain, kAheadOf<scalar_t>>(
-      a, form, begin, span, dense, edge, out_row + begin,
-      [&](int v) { return load_vector(body + int64_t(v) * kPer); });
-  if (a.sparse() == 0) return;
-  __syncthreads();  // after the other entries
-  write_sparse<kPlain>(a, form, row, staged, out_row);
+  const auto write = [&](const auto& form) {
+    write_gradients<kPlain, kAheadOf<scalar_t>>(
+        a, form, begin, span, dense, edge, out_row + begin,
+        [&](int v) { return load_vector(body + int64_t(v) * kPer); });
+    if (a.sparse() == 0) return;
+    __syncthreads();  // after the other entries
+    write_sparse<kPlain>(a, form, row, staged, out_row);
+  };
+  if constexpr (kPlain) {
+    write(rest);
+  } else {
+    write(
+        SidedForm<T>{
+            rest, Members<T>(which, row, a.offset, begin, end), norm + 2 * a.rows,
+            coef + kCoefficients * a.rows, a.rows, row});
+  }
 }
 
 }  // namespace tightrope::cuda

@@ -68,10 +68,9 @@ struct RowArgs {
   int topk;
   const bool* active;  // [rows] or null
 
+  bool raw_are_logits() const { return bias == nullptr && logit_scale == T(1) && softcap == T(0); }
   // Whether the kernels' lean instance serves: raw values are logits, and targets are sparse.
-  bool plain() const {
-    return bias == nullptr && logit_scale == T(1) && softcap == T(0) && dense == nullptr;
-  }
+  bool plain() const { return raw_are_logits() && dense == nullptr; }
   TIGHTROPE_HD int sparse() const { return index != nullptr ? 1 : topk; }
 };
 
@@ -82,6 +81,25 @@ struct StatsOut {
   int64_t* argmax;        // [rows], merged into
   T* split_partial;       // [splits, kPartialFields, rows] where a row is cut, else null
   int64_t* split_argmax;  // [splits, rows]: column in the tile, or -1
+};
+
+// Which entries of a row are in its set: of one kind, or none.
+template <class T>
+struct SideArgs {
+  const T* threshold;      // [rows] or null: logits of at least this
+  const int64_t* classes;  // [rows, listed] or null, ascending, from the start of the vocabulary
+  int listed;
+
+  TIGHTROPE_HD bool given() const { return threshold != nullptr || classes != nullptr; }
+};
+
+constexpr int kSideFields = 6;  // of `sides`: those of the set, then those of the rest
+
+// Where the sides of a tile go.
+template <class T>
+struct SidesOut {
+  T* sides;        // [kSideFields, rows], merged into
+  T* split_sides;  // [splits, kSideFields, rows] where a row is cut, else null
 };
 
 // What a plan has to know of a device.
@@ -113,7 +131,7 @@ inline Runs cut(int cols, int64_t wanted, int least, int most, int lanes, int th
   return {fitting_threads(columns, lanes, threads), (cols + columns - 1) / columns, columns};
 }
 
-// row_stats: a row is cut only where rows alone would leave the device half empty.
+// row_stats and row_sides: a row is cut only where rows alone would leave the device half empty.
 template <class scalar_t>
 Runs plan_stats(int64_t rows, int cols, const Device& device) {
   const int64_t wanted = (4 * device.sms + rows - 1) / rows;
@@ -182,12 +200,20 @@ int row_stats(
     const RowArgs<scalar_t>& args, const StatsOut<Arithmetic<scalar_t>>& out, const Runs& runs,
     CUstream_st* stream);
 
-// norm [2, rows], coef [kCoefficients, rows]. out_t: scalar_t, or for float also bf16 and fp16;
-// then `out` may not share the memory of the logits.
+// By plan_stats. Targets are not looked at.
+template <class scalar_t>
+int row_sides(
+    const RowArgs<scalar_t>& args, const SideArgs<Arithmetic<scalar_t>>& which,
+    const SidesOut<Arithmetic<scalar_t>>& out, const Runs& runs, CUstream_st* stream);
+
+// norm [2, rows], coef [kCoefficients, rows]; with a set [4, rows] and [2 kCoefficients, rows],
+// those of the rest first. out_t: scalar_t, or for float also bf16 and fp16; then `out` may not
+// share the memory of the logits.
 template <class scalar_t, class out_t>
 int row_grad(
-    const RowArgs<scalar_t>& args, out_t* out, int64_t out_stride, const Arithmetic<scalar_t>* norm,
-    const Arithmetic<scalar_t>* coef, const Runs& runs, CUstream_st* stream);
+    const RowArgs<scalar_t>& args, const SideArgs<Arithmetic<scalar_t>>& which, out_t* out,
+    int64_t out_stride, const Arithmetic<scalar_t>* norm, const Arithmetic<scalar_t>* coef,
+    const Runs& runs, CUstream_st* stream);
 
 // Bytes of shared memory of row_loss_grad beside the vectors that it keeps.
 template <class scalar_t>

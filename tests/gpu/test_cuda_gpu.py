@@ -27,6 +27,7 @@ from row_cases import (
     check_loss_grad,
     check_stats,
 )
+from side_cases import EXACT_SETS, SETS, check_sided_grad, check_sides, give_set, sided_bits
 from tightrope import backends, reference
 
 _CUDA = next(row for row in backends.describe() if row["backend"] == "cuda")
@@ -90,7 +91,7 @@ def test_gradients_narrower_than_the_logits(narrow, kind):
     check_loss_grad(case, Gpu(), in_place=False, narrow=narrow)
     summary = torch.zeros(11, ROWS)
     with pytest.raises(ValueError, match="narrower than the logits"):
-        Gpu().row_grad(case.logits, case.front(narrow)[0], summary[:2], summary[:7], *case.tail())
+        Gpu().row_grad(case.logits, case.front(narrow)[0], summary[:2], summary[:7], *case.sided_tail())
 
 
 @pytest.mark.parametrize("how", HOSTILE[1:])
@@ -108,6 +109,73 @@ def test_the_same_bits_every_time(kind):
     first = all_bits(Gpu(), kind, vocab=100_003)
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(first, all_bits(Gpu(), kind, vocab=100_003)))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_sides_at_every_size(dtype, kind):
+    """Fails if nvcc's kernels look an entry up at another column, or on another side, than plain PyTorch."""
+    for i, vocab in enumerate(VOCABULARIES):
+        transform, sets = TRANSFORMS[i % len(TRANSFORMS)], SETS[i % len(SETS)]
+        case = give_set(Case(dtype, vocab, kind, seed=i, gap=i % 3, lead=i % 8, **transform), sets, i)
+        norm = check_sides(case, Gpu(), tiles=1 + i % 2 * 2)
+        check_sided_grad(case, Gpu(), norm, in_place=i % 3 == 0, gap=1, lead=(i + i % 2) % 8)
+
+
+@pytest.mark.parametrize("how", HOSTILE[1:])
+def test_two_sides_of_hostile_rows(how):
+    """Fails if the hardware's exponential or maximum treats -inf, NaN or large shifts unlike the host's."""
+    for dtype in DTYPES:
+        for i, sets in enumerate(EXACT_SETS):
+            case = give_set(Case(dtype, 50_257, KINDS[i % 4], how, seed=5, gap=1, lead=1), sets)
+            check_sided_grad(case, Gpu(), check_sides(case, Gpu()), how)
+
+
+@pytest.mark.parametrize("sets", ["listed", "threshold"])
+def test_the_same_bits_of_two_sides_every_time(sets):
+    """Fails if a sum depends on who comes first."""
+    first = sided_bits(Gpu(), sets, BF16, 100_003)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, sided_bits(Gpu(), sets, BF16, 100_003)))
+
+
+def test_sets_that_are_not_what_the_kernels_take():
+    """Fails if a wrong shape or dtype is read as if it were right."""
+    case = Case(F32, 77, None)
+    sides, coef = torch.zeros(6, ROWS), torch.zeros(14, ROWS)
+    threshold, classes = torch.zeros(ROWS), torch.zeros(ROWS, 2, dtype=torch.int64)
+    tail = case.tail(offset=())
+    for which, error, match in (
+        ((None, None), ValueError, "takes threshold or classes"),
+        ((threshold, classes), ValueError, "exclude each other"),
+        ((threshold[:2].clone(), None), ValueError, "threshold has shape"),
+        ((threshold.double(), None), TypeError, "threshold is"),
+        ((None, classes[:2].clone()), ValueError, "classes has shape"),
+        ((None, classes.int()), TypeError, "classes is"),
+    ):
+        with pytest.raises(error, match=match):
+            Gpu().row_sides(case.logits, sides, 0, *which, *tail)
+    for norm, c, match in ((sides[:2], coef, "norm has shape"), (sides[:4], coef[:7], "coef has shape")):
+        with pytest.raises(ValueError, match=match):
+            Gpu().row_grad(case.logits, case.logits, norm, c, 0, threshold, None, *tail)
+
+
+@pytest.mark.parametrize("support", [tightrope.MinP(0.02), "listed"], ids=["min_p", "listed"])
+def test_support_by_the_public_functions(support):
+    """Fails if the drivers and these kernels disagree on what a set is; the truth is plain PyTorch."""
+    hidden, weight = torch.randn(33, 64).double(), torch.randn(3001, 64).double() / 4
+    target, named = torch.randint(3001, (33,)), torch.randint(3001, (33, 7))
+    results = []
+    for device, backend in (("cuda", "cuda"), ("cpu", "eager")):
+        leaves = [t.detach().to(device).requires_grad_() for t in (hidden, weight)]
+        sets = tightrope.Classes(named.to(device)) if support == "listed" else support
+        options = {"creativity": "support_entropy", "support": sets, "balance": 0.3}
+        loss = tightrope.linear_reality_creativity_loss(
+            *leaves, target.to(device), strategy="chunked", backend=backend, **options
+        )
+        results.append([loss.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(loss, leaves))])
+    for ours, exact in zip(*results):
+        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("strategy", ["chunked", "streaming"])

@@ -29,6 +29,10 @@ struct Call {
   int64_t out_stride;
   void *norm, *coef, *upstream, *partial;
   int64_t* argmax;
+  void* threshold;
+  int64_t* classes;
+  int64_t listed;
+  void* sides;
   int64_t read, written, runs, kept, shared, fuses;  // results
 };
 
@@ -74,6 +78,8 @@ void run(int kernel, Call& c) {
   using T = Arithmetic<scalar_t>;
   const Device device{int(c.sms), int(c.shared_per_sm), int(c.shared_per_block), c.clusters != 0};
   const RowArgs<scalar_t> args = arguments<scalar_t>(c);
+  const SideArgs<T> which{
+      static_cast<const T*>(c.threshold), c.classes, static_cast<int>(c.listed)};
   const auto limit = [&](Runs& runs) {
     if (c.threads != 0) runs.threads = std::min(runs.threads, static_cast<int>(c.threads));
     c.runs = runs.count;
@@ -89,8 +95,13 @@ void run(int kernel, Call& c) {
     Runs runs = plan_grad<scalar_t>(args.cols);
     limit(runs);
     row_grad(
-        args, static_cast<out_t*>(c.out), c.out_stride, static_cast<const T*>(c.norm),
+        args, which, static_cast<out_t*>(c.out), c.out_stride, static_cast<const T*>(c.norm),
         static_cast<const T*>(c.coef), runs, nullptr);
+  } else if (kernel == 3) {
+    Runs runs = plan_stats<scalar_t>(c.rows, args.cols, device);
+    limit(runs);
+    std::vector<T> split(runs.count > 1 ? runs.count * kSideFields * c.rows : 0);
+    row_sides(args, which, SidesOut<T>{static_cast<T*>(c.sides), split.data()}, runs, nullptr);
   } else {
     LossPlan plan = loss_plan<scalar_t>(c);
     limit(plan.runs);
@@ -183,7 +194,7 @@ struct Buffer {
 template <class scalar_t, class Bits, class OutBits = Bits>
 int exercise(int dtype, bool overrun, int out_dtype) {
   using T = Arithmetic<scalar_t>;
-  constexpr int64_t kRows = 2, kTopk = 3;
+  constexpr int64_t kRows = 2, kTopk = 3, kListed = 5;
   int runs = 0;
   for (const int64_t cols : {1, 2, 7, 8, 9, 31, 64, 257, 1023, 2500}) {
     for (int variant = 0; variant < 4; ++variant) {
@@ -191,15 +202,24 @@ int exercise(int dtype, bool overrun, int out_dtype) {
       const int64_t size = lead + stride + cols - (overrun ? 1 : 0);
       Buffer<Bits> logits(size);
       Buffer<OutBits> out(size);
-      Buffer<T> bias(cols), dense(kRows * cols), prob(kRows * kTopk), norm(2 * kRows);
-      Buffer<T> coef(kCoefficients * kRows), upstream(kUpstreamFields * kRows);
-      Buffer<T> partial(kPartialFields * kRows);
+      Buffer<T> bias(cols), dense(kRows * cols), prob(kRows * kTopk);
+      Buffer<T> upstream(kUpstreamFields * kRows), partial(kPartialFields * kRows);
+      Buffer<T> sides(kSideFields * kRows), threshold(kRows);
+      Buffer<int64_t> classes(kRows * kListed);
       Buffer<int64_t> argmax(kRows), index(kRows), topk(kRows * kTopk);
       Buffer<unsigned char> active(kRows);
       for (int i = 0; i < kRows; ++i) index.data[i] = (cols - 1) * i, active.data[i] = 1;
       for (int i = 0; i < kRows * kTopk; ++i) topk.data[i] = i % cols;
+      // Ascending; the first of each row is outside of the vocabulary, and so may the last be.
+      for (int i = 0; i < kRows * kListed; ++i) classes.data[i] = i % kListed * (cols / 4 + 1) - 1;
       active.data[0] = variant != 1;
-      for (int kernel = 0; kernel < 3; ++kernel) {
+      for (int kernel = 0; kernel < 4; ++kernel) {
+        // Sets: in half of the variants listed, by a threshold in a quarter, and none (kernel 3
+        // then takes all for the rest); as many norms and coefficients as there are sides.
+        const bool listed = variant % 2 == 1, above = variant == 2 && cols % 2 == 0;
+        const int64_t two = listed || above ? 2 : 1;
+        Buffer<T> norm(2 * two * kRows), coef(kCoefficients * two * kRows);
+        for (int f = 0; f < kSideFields * kRows; ++f) sides.data[f] = T(0);
         for (int f = 0; f < kPartialFields * kRows; ++f) partial.data[f] = T(0);
         Call c{};
         c.dtype = dtype;
@@ -227,6 +247,9 @@ int exercise(int dtype, bool overrun, int out_dtype) {
         c.upstream = upstream.data;
         c.partial = partial.data;
         c.argmax = argmax.data;
+        c.sides = sides.data;
+        if (above) c.threshold = threshold.data;
+        if (listed) c.classes = classes.data, c.listed = kListed;
         c.active = reinterpret_cast<bool*>(active.data);
         const int kind = (variant + kernel) % 4;
         if (kind == 1) c.index = index.data;
