@@ -15,6 +15,8 @@ import triton.language as tl
 
 # What a target is; a kernel is compiled for one of them.
 NO_TARGET, INDEX, DENSE, TOPK = (tl.constexpr(kind) for kind in range(4))
+# How the set of a row is told from the rest, where there is one.
+NO_SET, THRESHOLD, LISTED = (tl.constexpr(kind) for kind in range(3))
 # e^x is 0 in every supported type long before x reaches this; log-probabilities are clamped to it so that an
 # impossible entry contributes 0 * finite = 0 and not 0 * -inf = NaN.
 LOG_ZERO = tl.constexpr(-1e4)
@@ -40,6 +42,14 @@ class Partial(NamedTuple):
     logit_sum: tl.tensor
 
 
+class Side(NamedTuple):
+    """Statistics of a side of part of a row, its set or the rest; the order is that of `SIDES` tensors."""
+
+    max: tl.tensor
+    sum_exp: tl.tensor
+    sum_exp_shift: tl.tensor
+
+
 class Coefficients(NamedTuple):
     """The seven scalars of a row's gradient; the order is that of `coef` tensors."""
 
@@ -53,6 +63,8 @@ class Coefficients(NamedTuple):
 
 
 FIELDS = tl.constexpr(len(Partial._fields))
+SIDE_FIELDS = tl.constexpr(len(Side._fields))
+COEFFICIENTS = tl.constexpr(len(Coefficients._fields))
 
 
 @triton.jit
@@ -68,13 +80,25 @@ def scaled_shift(z, start):
 
 
 @triton.jit
+def decay(shift, sum_exp):
+    """(shift, e^shift) of sums whose origin moves by a shift that is not above 0."""
+    # Clamped where e^shift is 0: with -inf, or a shift times a sum that overflows, 0 * inf is NaN.
+    shift = tl.where(shift < LOG_ZERO, LOG_ZERO, shift)
+    return shift, tl.where(sum_exp == 0, 0.0, tl.exp(shift))
+
+
+@triton.jit
+def larger(a, b):
+    """The larger maximum. A NaN on either side must survive, which a plain maximum does not promise."""
+    return tl.where((a > b) | (a != a), a, b)
+
+
+@triton.jit
 def rebase(part, maximum):
     """The same statistics relative to a maximum that is no smaller."""
     start, end = origin(part.max), origin(maximum)
     shift, scaled = start - end, scaled_shift(start, end)
-    # Clamped where e^shift is 0: with -inf, or a shift times a sum that overflows, 0 * inf is NaN.
-    shift = tl.where(shift < LOG_ZERO, LOG_ZERO, shift)
-    scale = tl.where(part.sum_exp == 0, 0.0, tl.exp(shift))
+    shift, scale = decay(shift, part.sum_exp)
     return Partial(
         maximum,
         scale * part.sum_exp,
@@ -93,8 +117,7 @@ def rebase(part, maximum):
 @triton.jit
 def merge(a, b):
     """Merge the statistics of two disjoint parts of one row. Associative, so a row may be cut anywhere."""
-    # A NaN on either side must survive, which a plain maximum does not promise.
-    maximum = tl.where((a.max > b.max) | (a.max != a.max), a.max, b.max)
+    maximum = larger(a.max, b.max)
     a = rebase(a, maximum)
     b = rebase(b, maximum)
     return Partial(
@@ -110,6 +133,33 @@ def merge(a, b):
         a.count + b.count,
         a.logit_sum + b.logit_sum,
     )
+
+
+@triton.jit
+def side_of(z, members):
+    """Statistics of the entries of a vector of logits that are members."""
+    # To the sums an entry of the other side is one that cannot occur.
+    z = tl.where(members, z, float("-inf"))
+    maximum = tl.where(tl.max((z != z).to(tl.int32), 0) != 0, float("nan"), tl.max(z, 0))
+    d = z - origin(maximum)
+    e = tl.exp(d)
+    return Side(maximum, tl.sum(e, 0), tl.sum(e * tl.maximum(d, LOG_ZERO), 0))
+
+
+@triton.jit
+def rebase_side(side, maximum):
+    """`rebase` of a side."""
+    shift, scale = decay(origin(side.max) - origin(maximum), side.sum_exp)
+    return Side(maximum, scale * side.sum_exp, scale * (side.sum_exp_shift + shift * side.sum_exp))
+
+
+@triton.jit
+def merge_side(a, b):
+    """`merge` of what two disjoint parts of a row hold of one side."""
+    maximum = larger(a.max, b.max)
+    a = rebase_side(a, maximum)
+    b = rebase_side(b, maximum)
+    return Side(maximum, a.sum_exp + b.sum_exp, a.sum_exp_shift + b.sum_exp_shift)
 
 
 @triton.jit
@@ -210,6 +260,37 @@ def load_coefficients(coef, at, rows, mask):
         tl.load(coef + 5 * rows + at, mask=mask, other=0.0),
         tl.load(coef + 6 * rows + at, mask=mask, other=0.0),
     )
+
+
+@triton.jit
+def choose_coefficients(members, a, b):
+    """The coefficients of each entry: a where it is a member, else b."""
+    return Coefficients(
+        tl.where(members, a.prob, b.prob),
+        tl.where(members, a.prob_log_prob, b.prob_log_prob),
+        tl.where(members, a.prob_square, b.prob_square),
+        tl.where(members, a.target, b.target),
+        tl.where(members, a.target_prob, b.target_prob),
+        tl.where(members, a.logit, b.logit),
+        tl.where(members, a.constant, b.constant),
+    )
+
+
+@triton.jit
+def load_side(side, at, rows, mask):
+    """Statistics [3, rows] of a side of some parts; what is masked reads as the statistics of nothing."""
+    return Side(
+        tl.load(side + at, mask=mask, other=float("-inf")),
+        tl.load(side + rows + at, mask=mask, other=0.0),
+        tl.load(side + 2 * rows + at, mask=mask, other=0.0),
+    )
+
+
+@triton.jit
+def store_side(side, at, rows, value, mask):
+    """The inverse of `load_side`."""
+    for field in tl.static_range(SIDE_FIELDS):
+        tl.store(side + field * rows + at, value[field], mask=mask)
 
 
 @triton.jit

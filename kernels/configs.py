@@ -131,6 +131,9 @@ ARCHITECTURES = {
 # by memory; a thread holds 16 logits of a block, and 16 rows of 150,000 make 160 programs.
 ROW_BLOCK = 4096
 ROW_BLOCKS = 4
+# Of row_sides, which holds the logits of both sides: with 16 to a thread some variants spill.
+SIDES_BLOCK = 2048
+SIDES_BLOCKS = 8
 # Columns in a program of row_grad: with 16 to a thread the assembler spills a few bytes in some variants.
 GRAD_BLOCK = 2048
 ROW_WARPS = 8

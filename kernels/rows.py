@@ -1,10 +1,10 @@
-"""Statistics and gradients of logits that exist in memory: `row_stats` and `row_grad`.
+"""Statistics and gradients of logits that exist in memory: `row_stats`, `row_sides` and `row_grad`.
 
-Both are bound by memory: each logit is read once for the statistics and once for the gradient. A program
+All are bound by memory: each logit is read once for the statistics and once for the gradient. A program
 takes one segment of one row, in blocks; a segment's length is fixed, so how a row is cut, and thus its every
-bit, does not depend on the other rows. `merge_parts` merges the segments in one fixed order, without
-atomics; the streaming kernels use it as well. Sparse targets of the statistics are gathered from the row and
-not searched for in it.
+bit, does not depend on the other rows. `merge_parts` and `merge_sides` merge the segments in one fixed order,
+without atomics; the streaming kernels use the former as well. Sparse targets of the statistics are gathered
+from the row and not searched for in it.
 """
 
 from __future__ import annotations
@@ -13,24 +13,35 @@ import triton
 import triton.language as tl
 
 from .arithmetic import (
+    COEFFICIENTS,
     DENSE,
     FIELDS,
     INDEX,
     LOG_ZERO,
     NO_COLUMN,
+    NO_SET,
     NO_TARGET,
+    SIDE_FIELDS,
     SUM_SCALE,
+    THRESHOLD,
     TOPK,
     Partial,
+    Side,
+    choose_coefficients,
     first_maximum,
     gradient,
     load_coefficients,
     load_partial,
+    load_side,
     merge,
+    merge_side,
     origin,
     rebase,
+    rebase_side,
     scaled_shift,
+    side_of,
     store_partial,
+    store_side,
     takes_argmax,
     transform,
 )
@@ -48,6 +59,15 @@ def _load_logits(
     if bias is not None:
         bias = tl.load(bias + columns, mask=mask, other=0.0).to(DTYPE)
     return tl.where(mask, transform(raw, bias, logit_scale, softcap, CAPPED), float("-inf"))
+
+
+@triton.jit
+def _in_set(z, members, row, column, mask, members_stride, SET: tl.constexpr):
+    """Which entries of one row are in its set: those of at least members[row], or those marked in members."""
+    if SET == THRESHOLD:
+        return z >= tl.load(members + row)
+    else:
+        return tl.load(members + row * members_stride + column, mask=mask, other=0) != 0
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -206,11 +226,86 @@ def merge_parts(
 
 
 @triton.jit(do_not_specialize=_VARYING)
+def row_sides(
+    logits,  # [rows, columns], row stride logits_stride
+    parts,  # out [splits, 6, rows]
+    members,  # [rows] thresholds, or [rows, columns] bool
+    bias,  # as in row_stats
+    active,
+    rows,
+    columns,
+    logits_stride,
+    members_stride,
+    logit_scale: "fp64",
+    softcap: "fp64",
+    SET: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Statistics of the two sides of one segment (BLOCKS blocks of BLOCK columns) of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1).to(tl.int64)
+    rows = rows.to(tl.int64)
+    DTYPE: tl.constexpr = parts.dtype.element_ty
+    if active is not None:
+        if tl.load(active + row) == 0:
+            return
+    logits += row * logits_stride
+    first = tl.program_id(1) * BLOCK * BLOCKS
+    zero = tl.full((1,), 0.0, DTYPE)
+    inside_set = Side(zero - float("inf"), zero, zero)
+    rest = Side(zero - float("inf"), zero, zero)
+    for start in range(first, tl.minimum(first + BLOCK * BLOCKS, columns), BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < columns
+        z = _load_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, DTYPE)
+        chosen = _in_set(z, members, row, column, inside, members_stride, SET)
+        # Past the end of the row z is -inf, which adds nothing to either side.
+        inside_set = merge_side(inside_set, side_of(z, chosen))
+        rest = merge_side(rest, side_of(z, ~chosen))
+    one = row + tl.zeros((1,), tl.int64)
+    everything = tl.full((1,), True, tl.int1)
+    parts += split * 2 * SIDE_FIELDS * rows
+    store_side(parts, one, rows, inside_set, everything)
+    store_side(parts + SIDE_FIELDS * rows, one, rows, rest, everything)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def merge_sides(
+    parts,  # [splits, 6, rows]
+    sides,  # in and out [6, rows]
+    active,  # as in merge_parts
+    rows,
+    splits,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """`merge_parts` of one side of each row."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = rows.to(tl.int64)
+    at = tl.program_id(1) * SIDE_FIELDS * rows
+    split = tl.arange(0, SPLITS)[:, None]
+    wanted = row < rows
+    if active is not None:
+        wanted = wanted & (tl.load(active + row, mask=wanted, other=0) != 0)
+    inside = (split < splits) & wanted[None, :]
+    part = load_side(parts + at, split.to(tl.int64) * 2 * SIDE_FIELDS * rows + row[None, :], rows, inside)
+    nan = tl.max((part.max != part.max).to(tl.int32), 0) != 0
+    maximum = tl.where(nan, float("nan"), tl.max(part.max, 0))
+    part = rebase_side(part, maximum[None, :])
+    new = Side(maximum, tl.sum(part.sum_exp, 0), tl.sum(part.sum_exp_shift, 0))
+    known = load_side(sides + at, row, rows, wanted)
+    store_side(sides + at, row, rows, merge_side(known, new), wanted)
+
+
+@triton.jit(do_not_specialize=_VARYING)
 def row_grad(
     logits,  # [rows, columns], row stride logits_stride
     out,  # [rows, columns], row stride out_stride; may be the logits
-    norm,  # [2, rows]: maximum and log of the sum of exponentials of the whole row
-    coef,  # [7, rows]
+    norm,  # [2, rows]: maximum and log of the sum of exponentials of the whole row; of its rest, and its set
+    coef,  # [7, rows]; those of the rest, and of the set
+    members,  # as in row_sides; None without a set
     target,  # as in row_stats
     target_prob,
     bias,
@@ -219,10 +314,12 @@ def row_grad(
     columns,
     logits_stride,
     out_stride,
+    members_stride,
     target_stride,
     offset,
     logit_scale: "fp64",
     softcap: "fp64",
+    SET: tl.constexpr,
     TARGET: tl.constexpr,
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -258,5 +355,12 @@ def row_grad(
                 mass += tl.where(
                     column == index - offset, tl.load(target_prob + row * target_stride + k), 0.0
                 )
-    grad = gradient(z, tl.load(norm + row), tl.load(norm + rows + row), c, logit_scale, softcap, mass, CAPPED)
+    maximum, log_sum = tl.load(norm + row), tl.load(norm + rows + row)
+    if SET != NO_SET:
+        chosen = _in_set(z, members, row, column, inside, members_stride, SET)
+        of_set = coef + COEFFICIENTS * rows.to(tl.int64)
+        c = choose_coefficients(chosen, load_coefficients(of_set, row, rows.to(tl.int64), row < rows), c)
+        maximum = tl.where(chosen, tl.load(norm + 2 * rows + row), maximum)
+        log_sum = tl.where(chosen, tl.load(norm + 3 * rows + row), log_sum)
+    grad = gradient(z, maximum, log_sum, c, logit_scale, softcap, mass, CAPPED)
     tl.store(out + row * out_stride + column, grad.to(out.dtype.element_ty), mask=inside)

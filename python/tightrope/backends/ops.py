@@ -66,15 +66,16 @@ def to_raw_gradient(grad: Tensor, z: Tensor, transform: Transform) -> Tensor:
     return grad
 
 
-def _in_set(z: Tensor, offset: int, sides: SideArguments) -> Tensor:
-    """Which entries of a tile are in the set, [R, T]."""
+def in_set(z: Tensor, offset: int, sides: SideArguments) -> Tensor:
+    """Which entries of a tile are in the set, [R, T] bool. Where it is of classes, only the shape counts."""
     if sides.threshold is not None:
         return z >= sides.threshold.unsqueeze(-1)
     inside = (sides.classes >= offset) & (sides.classes < offset + z.shape[-1])
-    # What is not in this tile goes to a column of its own.
+    # What is not in this tile goes to a column of its own; kernels load whole vectors from where rows start.
     columns = (sides.classes - offset).masked_fill(~inside, z.shape[-1])
-    members = torch.zeros(z.shape[0], z.shape[-1] + 1, dtype=torch.bool, device=z.device)
-    return members.scatter_(-1, columns, True)[:, :-1]
+    width = (z.shape[-1] // 16 + 1) * 16
+    members = torch.zeros(z.shape[0], width, dtype=torch.bool, device=z.device)
+    return members.scatter_(-1, columns, True)[:, : z.shape[-1]]
 
 
 def _sparse_target(z: Tensor, offset: int, target: TargetArguments) -> tuple[Tensor, Tensor] | None:
@@ -142,7 +143,7 @@ def row_sides(logits, sides, offset, threshold, classes, *arguments) -> None:
         return
     tile = TileArguments(*arguments)
     z = to_logits(logits, tile.bias, tile)
-    members = _in_set(z, offset, SideArguments(threshold, classes))
+    members = in_set(z, offset, SideArguments(threshold, classes))
     part = []
     for outside in (~members, members):
         top = z.masked_fill(outside, -torch.inf).amax(-1)
@@ -161,7 +162,7 @@ def row_grad(logits, out, norm, coef, offset, threshold, classes, *arguments) ->
         top, log_sum = norm.unsqueeze(-1)
         c = RowCoefficients(*coef.unsqueeze(-1))
     else:
-        members = _in_set(z, offset, SideArguments(threshold, classes))
+        members = in_set(z, offset, SideArguments(threshold, classes))
         top, log_sum = (torch.where(members, s, rest) for rest, s in norm.view(2, 2, -1, 1).unbind(1))
         both = coef.view(2, len(RowCoefficients._fields), -1, 1)
         c = RowCoefficients(*(torch.where(members, s, rest) for rest, s in both.unbind(1)))

@@ -19,12 +19,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..arguments import TileArguments
+from ..arguments import SideArguments, TileArguments
 from ..kernels import configs, rows, stream
+from .ops import in_set
 
 INTERPRETED = not isinstance(rows.row_stats, triton.JITFunction)
-# Kinds of target, by the numbers of kernels/arithmetic.py.
+# Kinds of target and of sets, by the numbers of kernels/arithmetic.py.
 KINDS = ("none", "index", "dense", "topk")
+SETS = ("none", "threshold", "listed")
 # The parts of stream_stats that exist at a time, in bytes.
 _PARTS_BYTES = 2**26
 
@@ -45,6 +47,17 @@ def _target(tile: TileArguments) -> tuple[int, Tensor | None, Tensor | None, int
     if tile.topk_index is not None:
         return 3, tile.topk_index, tile.topk_prob, tile.topk_index.shape[1]
     return (0, None, None, 0) if tile.index is None else (1, tile.index, None, 0)
+
+
+def _members(logits: Tensor, offset: int, sides: SideArguments) -> tuple[int, Tensor | None, int]:
+    """Kind of set, what tells its entries, and row stride, as the kernels take them."""
+    if sides.threshold is not None:
+        return 1, sides.threshold, 0
+    if sides.classes is None:
+        return 0, None, 0
+    # Looking for each class in a list would take a program as many steps as the list is long.
+    members = in_set(logits, offset, sides)
+    return 2, members, members.stride(0)
 
 
 def _part(tile: TileArguments, rows: slice) -> TileArguments:
@@ -75,17 +88,18 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _new_parts(splits: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    parts = torch.empty(splits, like.shape[0], count, dtype=like.dtype, device=like.device)
-    return parts, torch.empty(splits, count, dtype=torch.int64, device=like.device)
+def _new_parts(splits: int, *wholes: Tensor) -> list[Tensor]:
+    """Memory for so many parts of each."""
+    return [w.new_empty(splits, *w.shape) for w in wholes]
 
 
-def _merge(parts, best, partial, argmax, active) -> None:
-    splits, count = best.shape
+def _merge(kernel, merged, known, active, *grid: int) -> None:
+    """Merge parts [splits, ..., rows] of some tensors into what was known of them."""
+    splits, count = merged[0].shape[0], merged[0].shape[-1]
     width = _power_of_two(splits)
     block = max(1, configs.MERGE_TILE // width)
-    rows.merge_parts[(triton.cdiv(count, block),)](
-        parts, best, partial, argmax, active, count, splits, ROWS=block, SPLITS=width, num_warps=4
+    kernel[(triton.cdiv(count, block), *grid)](
+        *merged, *known, active, count, splits, ROWS=block, SPLITS=width, num_warps=4
     )
 
 
@@ -96,7 +110,7 @@ def row_stats(logits, partial, argmax, offset, *arguments) -> None:
         return
     logits = _by_rows(logits)
     splits = triton.cdiv(columns, configs.ROW_BLOCK * configs.ROW_BLOCKS)
-    parts, best = _new_parts(splits, count, partial)
+    parts, best = _new_parts(splits, partial, argmax)
     tile = TileArguments(*arguments)
     kind, target, target_prob, target_stride = _target(tile)
     rows.row_stats[(count, splits)](
@@ -121,15 +135,47 @@ def row_stats(logits, partial, argmax, offset, *arguments) -> None:
         TOPK_BLOCK=configs.TOPK_BLOCK,
         num_warps=configs.ROW_WARPS,
     )
-    _merge(parts, best, partial, argmax, tile.active)
+    _merge(rows.merge_parts, (parts, best), (partial, argmax), tile.active)
 
 
-def row_grad(logits, out, norm, coef, offset, *arguments) -> None:
+def row_sides(logits, sides, offset, threshold, classes, *arguments) -> None:
+    """Merge the statistics of the two sides of a tile into sides."""
+    count, columns = logits.shape
+    if count == 0 or columns == 0:
+        return
+    kind, members, members_stride = _members(logits, offset, SideArguments(threshold, classes))
+    logits = _by_rows(logits)
+    splits = triton.cdiv(columns, configs.SIDES_BLOCK * configs.SIDES_BLOCKS)
+    (parts,) = _new_parts(splits, sides)
+    tile = TileArguments(*arguments)
+    rows.row_sides[(count, splits)](
+        logits,
+        parts,
+        members,
+        tile.bias,
+        tile.active,
+        count,
+        columns,
+        logits.stride(0),
+        members_stride,
+        float(tile.logit_scale),
+        tile.softcap or 0.0,
+        SET=kind,
+        CAPPED=tile.softcap is not None,
+        BLOCK=configs.SIDES_BLOCK,
+        BLOCKS=configs.SIDES_BLOCKS,
+        num_warps=configs.ROW_WARPS,
+    )
+    _merge(rows.merge_sides, (parts,), (sides,), tile.active, 2)
+
+
+def row_grad(logits, out, norm, coef, offset, threshold, classes, *arguments) -> None:
     """Write dloss/dlogits of a tile to out, which may be the logits, or narrower."""
     count, columns = logits.shape
     if count == 0 or columns == 0:
         return
     tile = TileArguments(*arguments)
+    which, members, members_stride = _members(logits, offset, SideArguments(threshold, classes))
     kind, target, target_prob, target_stride = _target(tile)
     logits = _by_rows(logits)
     with _writable(out) as out:
@@ -138,6 +184,7 @@ def row_grad(logits, out, norm, coef, offset, *arguments) -> None:
             out,
             norm,
             coef,
+            members,
             target,
             target_prob,
             tile.bias,
@@ -146,10 +193,12 @@ def row_grad(logits, out, norm, coef, offset, *arguments) -> None:
             columns,
             logits.stride(0),
             out.stride(0),
+            members_stride,
             target_stride,
             offset,
             float(tile.logit_scale),
             tile.softcap or 0.0,
+            SET=which,
             TARGET=kind,
             CAPPED=tile.softcap is not None,
             BLOCK=configs.GRAD_BLOCK,
@@ -248,7 +297,7 @@ def stream_stats(hidden, weight, partial, argmax, offset, *arguments) -> None:
             partial[:, part] = known
         return
     count = hidden.shape[0]
-    parts, best = _new_parts(splits, count, partial)
+    parts, best = _new_parts(splits, partial, argmax)
     _launch(
         stream.stream_stats,
         config,
@@ -273,7 +322,7 @@ def stream_stats(hidden, weight, partial, argmax, offset, *arguments) -> None:
         CAPPED=tile.softcap is not None,
         SEGMENTS=architecture().segments,
     )
-    _merge(parts, best, partial, argmax, tile.active)
+    _merge(rows.merge_parts, (parts, best), (partial, argmax), tile.active)
 
 
 def stream_grad(hidden, weight, out, norm, coef, offset, *arguments) -> None:
