@@ -121,14 +121,20 @@ TIGHTROPE_HD void add_target(Partial<T>& sums, const T& b, const T& scaled, cons
   sums.target_mass = sums.target_mass + b;
 }
 
+// What the exponents of sums change by where another, larger maximum takes the place of theirs.
+// Clamped where e^shift is 0: with -inf, or a shift times a sum that overflows, 0 * inf is NaN.
+template <class T>
+TIGHTROPE_HD T clamped_shift(T from, T to) {
+  return maximum(origin(from) - origin(to), T(kLogZero));
+}
+
 // The same sums relative to another, larger maximum.
 template <class T>
 TIGHTROPE_HD Partial<T> rebase(const Partial<T>& part, T max) {
   Partial<T> out = part;
   out.max = max;
-  const T from = origin(part.max), to = origin(max);
-  // Clamped where e^shift is 0: with -inf, or a shift times a sum that overflows, 0 * inf is NaN.
-  const T shift = maximum(from - to, T(kLogZero)), scaled = scaled_shift(from, to);
+  const T shift = clamped_shift(part.max, max);
+  const T scaled = scaled_shift(origin(part.max), origin(max));
   const T scale = part.sum_exp == T(0) ? T(0) : T(std::exp(shift));
   out.sum_exp = scale * part.sum_exp;
   out.sum_exp_shift = scale * (part.sum_exp_shift + shift * part.sum_exp);
@@ -156,6 +162,37 @@ TIGHTROPE_HD Partial<T> merge(const Partial<T>& a, const Partial<T>& b) {
   out.count += other.count;
   out.logit_sum += other.logit_sum;
   return out;
+}
+
+// One side of a row that a set of classes cuts in two, the set or the rest: sums as in a Partial,
+// relative to the side's own maximum. Sides are laid out [2 * kSideFields, rows]: the set's fields,
+// then the rest's.
+template <class T>
+struct Side {
+  T max = -std::numeric_limits<T>::infinity();
+  T sum_exp = 0;
+  T sum_exp_shift = 0;
+};
+constexpr int kSideFields = 3;
+
+template <class T>
+TIGHTROPE_HD Side<T> rebase(const Side<T>& side, T max) {
+  const T shift = clamped_shift(side.max, max);
+  const T scale = side.sum_exp == T(0) ? T(0) : T(std::exp(shift));
+  return {max, scale * side.sum_exp, scale * (side.sum_exp_shift + shift * side.sum_exp)};
+}
+
+template <class T>
+TIGHTROPE_HD Side<T> merge(const Side<T>& a, const Side<T>& b) {
+  const T max = maximum(a.max, b.max);
+  const Side<T> x = rebase(a, max), y = rebase(b, max);
+  return {max, x.sum_exp + y.sum_exp, x.sum_exp_shift + y.sum_exp_shift};
+}
+
+// A side of which one entry is seen.
+template <class T>
+TIGHTROPE_HD Side<T> side_of(T z) {
+  return {z, z == -std::numeric_limits<T>::infinity() ? T(0) : z - z + T(1), T(0)};
 }
 
 // Whether the maximum `max`, found at entry `at`, goes before another as a row's argmax: the larger

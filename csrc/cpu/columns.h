@@ -128,23 +128,69 @@ void column_stats(
   });
 }
 
-// As row_grad of rows.h, for logits and out whose rows are adjacent.
+// As row_sides of rows.h, for logits whose rows are adjacent.
 template <class scalar_t, class T>
+void column_sides(
+    const scalar_t* logits, int64_t stride, int64_t rows, int64_t cols, int64_t offset,
+    const Transform<T>& transform, const Sets<T>& sets, const bool* active, T* sides) {
+  using Vec = Vectorized<T>;
+  constexpr int64_t kLanes = Vec::size();
+  constexpr T kLowest = -std::numeric_limits<T>::infinity();
+  for_blocks<scalar_t, T>(rows, cols, [&](const Group<T>& group, int64_t first, int64_t n) {
+    alignas(64) T z[kColumnBlock * kLanes];
+    alignas(64) T least_of[kLanes] = {};
+    load_column_block(logits, stride, group, first, n, transform, z);
+    for (int64_t l = 0; l < group.lanes; ++l) {
+      const int64_t i = group.begin + l;
+      least_of[l] = sets.least(i);
+      if (active != nullptr && !active[i]) continue;
+      sets.for_listed(i, offset + first, n, [&](int64_t column) {
+        T& entry = z[column * kLanes + l];
+        store_side(merge(load_side(sides, 0, rows, i), side_of(entry)), sides, 0, rows, i);
+        entry = kLowest;
+      });
+    }
+    const Vec least = Vec::loadu(least_of);
+    SidesSums<T> sums;
+    for (int64_t j = 0; j < n; ++j) sums.see(Vec::loadu(z + j * kLanes), least);
+    const Vec zero(T(0)), lowest(kLowest);
+    const auto origins = [&](const Vec& max) { return Vec::blendv(max, zero, max == lowest); };
+    sums.set_origin = origins(sums.set.max), sums.rest_origin = origins(sums.rest.max);
+    for (int64_t j = 0; j < n; ++j) sums.add(Vec::loadu(z + j * kLanes), least);
+    const SideSums<T>* const both[2] = {&sums.set, &sums.rest};
+    for (int side = 0; side < 2; ++side) {
+      alignas(64) T field[kSideFields][kLanes];
+      both[side]->max.store(field[0]);
+      both[side]->sum_exp.store(field[1]);
+      both[side]->sum_exp_shift.store(field[2]);
+      for (int64_t l = 0; l < group.lanes; ++l) {
+        const int64_t i = group.begin + l;
+        if (active != nullptr && !active[i]) continue;
+        const Side<T> block{field[0][l], field[1][l], field[2][l]};
+        store_side(merge(load_side(sides, side, rows, i), block), sides, side, rows, i);
+      }
+    }
+  });
+}
+
+// As row_grad of rows.h, for logits and out whose rows are adjacent.
+template <bool kThreshold, class scalar_t, class T>
 void column_grad(
     const scalar_t* logits, int64_t stride, scalar_t* out, int64_t out_stride, int64_t rows,
     int64_t cols, int64_t offset, const Transform<T>& transform, const Targets<T>& targets,
-    const bool* active, const T* norm, const T* coef) {
+    const Sets<T>& sets, const bool* active, const T* norm, const T* coef) {
   using Vec = Vectorized<T>;
   constexpr int64_t kLanes = Vec::size();
   const Vec zero(T(0)), log_zero(static_cast<T>(kLogZero));
   for_blocks<scalar_t, T>(rows, cols, [&](const Group<T>& group, int64_t first, int64_t n) {
     alignas(64) T z[kColumnBlock * kLanes];
     alignas(64) T g[kColumnBlock * kLanes];
-    const Vec max = group.load(norm), log_sum = group.load(norm + rows);
-    const auto value = [&](int k) { return group.load(coef + k * rows); };
-    const Coefficients<Vec> c{value(0), value(1), value(2), value(3), value(4), value(5), value(6)};
+    const auto lanes = [&](const T* from, int k) { return group.load(from + k * rows); };
+    const auto whole = Form<Vec>::load(norm, coef, 0, lanes);
+    const auto set = kThreshold ? Form<Vec>::load(norm, coef, 1, lanes) : whole;
+    const Vec least = kThreshold ? group.load(sets.threshold) : zero;
     // z is left out where it is not asked for, not multiplied by zero: a masked entry has -inf.
-    const Vec no_logit_term = c.logit == zero;
+    const Vec no_logit_term = whole.c.logit == zero;
     const T* const logit_terms = coef + 5 * rows + group.begin;
     const bool any_logit_term =
         std::any_of(logit_terms, logit_terms + group.lanes, [](T rho) { return rho != T(0); });
@@ -156,7 +202,9 @@ void column_grad(
     load_column_block(logits, stride, group, first, n, transform, z);
     for (int64_t j = 0; j < n; ++j) {
       const Vec v = Vec::loadu(z + j * kLanes);
-      const Vec log_p = log_probability(v, max, log_sum);
+      const auto& form = kThreshold ? select(whole, set, v >= least) : whole;
+      const Coefficients<Vec>& c = form.c;
+      const Vec log_p = log_probability(v, form.max, form.log_sum);
       const Vec p = exponential(log_p);
       Vec grad = prob_gradient(p, at::vec::maximum(log_p, log_zero), c);
       if (targets.dense != nullptr) {
@@ -168,12 +216,18 @@ void column_grad(
     }
     for (int64_t l = 0; l < group.lanes; ++l) {
       const int64_t i = group.begin + l;
+      const auto value = [&](const T* from, int k) { return from[k * rows + i]; };
+      sets.for_listed(i, offset + first, n, [&](int64_t column) {
+        const auto own = Form<T>::load(norm, coef, 1, value);
+        const T* const mass = targets.dense_from(i, first + column);
+        g[column * kLanes + l] = entry_gradient(z[column * kLanes + l], own, mass);
+      });
       targets.for_sparse(i, offset + first, n, [&](int64_t column, T mass) {
-        const auto scalar = [&](int k) { return coef[k * rows + i]; };
-        const Coefficients<T> own{scalar(0), scalar(1), scalar(2), scalar(3),
-                                  scalar(4), scalar(5), scalar(6)};
-        const T p = std::exp((z[column * kLanes + l] - norm[i]) - norm[rows + i]);
-        g[column * kLanes + l] += target_gradient(mass, p, own);
+        const T logit = z[column * kLanes + l];
+        const bool inside = sets.contains(i, offset + first + column, logit);
+        const auto own = Form<T>::load(norm, coef, inside, value);
+        const T p = std::exp(log_probability(logit, own.max, own.log_sum));
+        g[column * kLanes + l] += target_gradient(mass, p, own.c);
       });
     }
     for (int64_t j = 0; j < n; ++j) {

@@ -73,6 +73,129 @@ struct Targets {
   }
 };
 
+// Which entries of each row are in its set; of one kind, or none.
+template <class T>
+struct Sets {
+  const T* threshold;  // [rows]: logits of at least this
+  const int64_t*
+      classes;  // [rows, count], ascending, of the whole vocabulary; repeated ones are one
+  int64_t count;
+
+  bool any() const { return threshold != nullptr || classes != nullptr; }
+
+  // Logits of at least this are in the set of `row`; where the set is a list, none.
+  T least(int64_t row) const {
+    return threshold == nullptr ? std::numeric_limits<T>::infinity() : threshold[row];
+  }
+
+  // Whether column `column` of the vocabulary, whose logit is z, is in the set of `row`.
+  bool contains(int64_t row, int64_t column, T z) const {
+    if (threshold != nullptr) return z >= threshold[row];
+    const int64_t* const list = classes + row * count;
+    return classes != nullptr && std::binary_search(list, list + count, column);
+  }
+
+  // Calls f(column in the block) for each listed class of `row` in [first, first + n).
+  template <class F>
+  void for_listed(int64_t row, int64_t first, int64_t n, F f) const {
+    if (classes == nullptr) return;
+    const int64_t *const list = classes + row * count, *const end = list + count;
+    for (const int64_t* at = std::lower_bound(list, end, first); at != end && *at < first + n;
+         ++at) {
+      if (at == list || *at != at[-1]) f(*at - first);
+    }
+  }
+};
+
+// A side's sums, one in each lane.
+template <class T>
+struct SideSums : Side<Vectorized<T>> {
+  using Vec = Vectorized<T>;
+
+  SideSums() : Side<Vec>{Vec(-std::numeric_limits<T>::infinity()), Vec(T(0)), Vec(T(0))} {}
+
+  void add(Vec e, Vec d) {
+    this->sum_exp = this->sum_exp + e;
+    this->sum_exp_shift = at::vec::fmadd(e, d, this->sum_exp_shift);
+  }
+};
+
+// Both sides of some entries whose maxima are known, one in each lane. least: `Sets::least`.
+template <class T>
+struct SidesSums {
+  using Vec = Vectorized<T>;
+  SideSums<T> set, rest;
+  Vec set_origin, rest_origin;
+
+  // The first pass.
+  void see(Vec z, Vec least) {
+    const Vec inside = z >= least, lowest(-std::numeric_limits<T>::infinity());
+    set.max = at::vec::maximum(set.max, Vec::blendv(lowest, z, inside));
+    rest.max = at::vec::maximum(rest.max, Vec::blendv(z, lowest, inside));
+  }
+
+  // The second one, once the origins are set.
+  void add(Vec z, Vec least) {
+    const Vec inside = z >= least, zero(T(0));
+    const Vec d = z - Vec::blendv(rest_origin, set_origin, inside);
+    const Vec e = exponential(d), bounded = at::vec::maximum(d, Vec(static_cast<T>(kLogZero)));
+    set.add(Vec::blendv(zero, e, inside), bounded);
+    rest.add(Vec::blendv(e, zero, inside), bounded);
+  }
+};
+
+// One side of a row in a `sides` tensor [2 * kSideFields, rows]: the set, 0, or the rest, 1.
+template <class T>
+Side<T> load_side(const T* sides, int side, int64_t rows, int64_t i) {
+  const T* const field = sides + side * kSideFields * rows + i;
+  return {field[0], field[rows], field[2 * rows]};
+}
+
+template <class T>
+void store_side(const Side<T>& value, T* sides, int side, int64_t rows, int64_t i) {
+  T* const field = sides + side * kSideFields * rows + i;
+  field[0] = value.max, field[rows] = value.sum_exp, field[2 * rows] = value.sum_exp_shift;
+}
+
+// What a row's gradient is made of, but for the entries. V may be a vector.
+template <class V>
+struct Form {
+  V max, log_sum;
+  Coefficients<V> c;
+
+  // value(tensor, field): of norm [2, rows] and coef [kCoefficients, rows], or of the set's, which
+  // follow them.
+  template <class T, class Value>
+  static Form load(const T* norm, const T* coef, int side, Value value) {
+    const auto n = [&](int k) { return value(norm, 2 * side + k); };
+    const auto c = [&](int k) { return value(coef, kCoefficients * side + k); };
+    return {n(0), n(1), {c(0), c(1), c(2), c(3), c(4), c(5), c(6)}};
+  }
+};
+
+// The one that `inside` says, in each lane; the terms that have no probability are the same.
+template <class V>
+Form<V> select(const Form<V>& rest, const Form<V>& set, const V& inside) {
+  const auto pick = [&](const V& a, const V& b) { return V::blendv(a, b, inside); };
+  Form<V> out = rest;
+  out.max = pick(rest.max, set.max);
+  out.log_sum = pick(rest.log_sum, set.log_sum);
+  out.c.prob = pick(rest.c.prob, set.c.prob);
+  out.c.prob_log_prob = pick(rest.c.prob_log_prob, set.c.prob_log_prob);
+  out.c.prob_square = pick(rest.c.prob_square, set.c.prob_square);
+  out.c.target_prob = pick(rest.c.target_prob, set.c.target_prob);
+  return out;
+}
+
+// dloss/dz of an entry of logit z, but for sparse target mass. dense: its mass, or null.
+template <class T>
+T entry_gradient(T z, const Form<T>& form, const T* dense) {
+  const T log_p = log_probability(z, form.max, form.log_sum), p = std::exp(log_p);
+  T grad = prob_gradient(p, maximum(log_p, T(kLogZero)), form.c);
+  if (dense != nullptr) grad += target_gradient(*dense, p, form.c);
+  return grad + (form.c.logit == T(0) ? form.c.constant : logit_gradient(z, form.c));
+}
+
 // The sums of a Partial, one in each lane; max and count stay unused.
 template <class T>
 struct Sums : Partial<Vectorized<T>> {

@@ -119,11 +119,43 @@ void row_stats_op(
       });
 }
 
+template <class T>
+Sets<T> make_sets(int64_t rows, const OptionalTensor& threshold, const OptionalTensor& classes) {
+  TORCH_CHECK_VALUE(
+      !(threshold.has_value() && classes.has_value()), "threshold and classes exclude each other");
+  if (threshold.has_value())
+    check(*threshold, "threshold", {rows}, c10::CppTypeToScalarType<T>::value);
+  const int64_t count = classes.has_value() ? classes->size(-1) : 0;
+  if (classes.has_value()) check(*classes, "classes", {rows, count}, at::kLong);
+  return {pointer<T>(threshold), pointer<int64_t>(classes), count};
+}
+
+void row_sides_op(
+    const Tensor& logits, Tensor& sides, int64_t offset, const OptionalTensor& threshold,
+    const OptionalTensor& classes, const OptionalTensor&, const OptionalTensor&,
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor& bias,
+    const OptionalTensor& active, double logit_scale, std::optional<double> softcap) {
+  const bool transposed = is_transposed(logits, logits);
+  const int64_t rows = logits.size(0), cols = logits.size(1);
+  check_active(active, rows);
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, logits.scalar_type(), "tightrope::row_sides", [&] {
+        using T = at::opmath_type<scalar_t>;
+        check(sides, "sides", {2 * kSideFields, rows}, c10::CppTypeToScalarType<T>::value);
+        const auto kernel = transposed ? column_sides<scalar_t, T> : row_sides<scalar_t, T>;
+        kernel(
+            logits.const_data_ptr<scalar_t>(), logits.stride(transposed), rows, cols, offset,
+            make_transform<T>(cols, bias, logit_scale, softcap),
+            make_sets<T>(rows, threshold, classes), pointer<bool>(active), sides.data_ptr<T>());
+      });
+}
+
 void row_grad_op(
     const Tensor& logits, Tensor& out, const Tensor& norm, const Tensor& coef, int64_t offset,
-    const OptionalTensor& index, const OptionalTensor& dense, const OptionalTensor& topk_index,
-    const OptionalTensor& topk_prob, const OptionalTensor& bias, const OptionalTensor& active,
-    double logit_scale, std::optional<double> softcap) {
+    const OptionalTensor& threshold, const OptionalTensor& classes, const OptionalTensor& index,
+    const OptionalTensor& dense, const OptionalTensor& topk_index, const OptionalTensor& topk_prob,
+    const OptionalTensor& bias, const OptionalTensor& active, double logit_scale,
+    std::optional<double> softcap) {
   const bool transposed = is_transposed(logits, out);
   const int64_t rows = logits.size(0), cols = logits.size(1);
   check_active(active, rows);
@@ -131,15 +163,23 @@ void row_grad_op(
       at::kHalf, at::kBFloat16, logits.scalar_type(), "tightrope::row_grad", [&] {
         using T = at::opmath_type<scalar_t>;
         constexpr auto type = c10::CppTypeToScalarType<T>::value;
-        check(norm, "norm", {2, rows}, type);
-        check(coef, "coef", {kCoefficients, rows}, type);
-        const auto kernel = transposed ? column_grad<scalar_t, T> : row_grad<scalar_t, T>;
-        kernel(
-            logits.const_data_ptr<scalar_t>(), logits.stride(transposed), out.data_ptr<scalar_t>(),
-            out.stride(transposed), rows, cols, offset,
-            make_transform<T>(cols, bias, logit_scale, softcap),
-            make_targets<T>(rows, cols, index, dense, topk_index, topk_prob), pointer<bool>(active),
-            norm.const_data_ptr<T>(), coef.const_data_ptr<T>());
+        const Sets<T> sets = make_sets<T>(rows, threshold, classes);
+        const int64_t forms = sets.any() ? 2 : 1;
+        check(norm, "norm", {2 * forms, rows}, type);
+        check(coef, "coef", {kCoefficients * forms, rows}, type);
+        const auto run = [&](auto kernel) {
+          kernel(
+              logits.const_data_ptr<scalar_t>(), logits.stride(transposed),
+              out.data_ptr<scalar_t>(), out.stride(transposed), rows, cols, offset,
+              make_transform<T>(cols, bias, logit_scale, softcap),
+              make_targets<T>(rows, cols, index, dense, topk_index, topk_prob), sets,
+              pointer<bool>(active), norm.const_data_ptr<T>(), coef.const_data_ptr<T>());
+        };
+        if (threshold.has_value()) {
+          run(transposed ? column_grad<true, scalar_t, T> : row_grad<true, scalar_t, T>);
+        } else {
+          run(transposed ? column_grad<false, scalar_t, T> : row_grad<false, scalar_t, T>);
+        }
       });
 }
 
@@ -151,6 +191,7 @@ void row_grad_op(
 
 TORCH_LIBRARY_IMPL(tightrope, CPU, m) {
   m.impl("row_stats", TORCH_FN(tightrope::cpu::row_stats_op));
+  m.impl("row_sides", TORCH_FN(tightrope::cpu::row_sides_op));
   m.impl("row_grad", TORCH_FN(tightrope::cpu::row_grad_op));
 }
 

@@ -109,14 +109,59 @@ void row_stats(
   });
 }
 
+// Merges the statistics of the two sides of a tile into sides [2 * kSideFields, rows]; the rest is
+// as in row_stats.
+template <class scalar_t, class T>
+void row_sides(
+    const scalar_t* logits, int64_t stride, int64_t rows, int64_t cols, int64_t offset,
+    const Transform<T>& transform, const Sets<T>& sets, const bool* active, T* sides) {
+  using Vec = Vectorized<T>;
+  constexpr int64_t kLanes = Vec::size();
+  constexpr T kLowest = -std::numeric_limits<T>::infinity();
+  at::parallel_for(0, rows, grain_size(cols), [&](int64_t begin, int64_t end) {
+    alignas(64) T z[kRowBlock];
+    for (int64_t i = begin; i < end; ++i) {
+      if (active != nullptr && !active[i]) continue;
+      Side<T> set = load_side(sides, 0, rows, i), rest = load_side(sides, 1, rows, i);
+      const Vec least(sets.least(i));
+      for (int64_t first = 0; first < cols; first += kRowBlock) {
+        const int64_t n = std::min(kRowBlock, cols - first);
+        load_row_block(logits + i * stride, first, n, transform, z);
+        // Entries that are impossible count on no side.
+        std::fill(z + n, z + (n + kLanes - 1) / kLanes * kLanes, kLowest);
+        sets.for_listed(i, offset + first, n, [&](int64_t column) {
+          set = merge(set, side_of(z[column]));
+          z[column] = kLowest;
+        });
+        SidesSums<T> sums;
+        for (int64_t j = 0; j < n; j += kLanes) sums.see(Vec::loadu(z + j), least);
+        const auto largest = [](const Vec& v) {
+          return at::vec::vec_reduce_all([](Vec a, Vec b) { return at::vec::maximum(a, b); }, v);
+        };
+        const T set_max = largest(sums.set.max), rest_max = largest(sums.rest.max);
+        sums.set_origin = Vec(origin(set_max)), sums.rest_origin = Vec(origin(rest_max));
+        for (int64_t j = 0; j < n; j += kLanes) sums.add(Vec::loadu(z + j), least);
+        const auto reduced = [](T max, const SideSums<T>& side) {
+          return Side<T>{max, horizontal_sum(side.sum_exp), horizontal_sum(side.sum_exp_shift)};
+        };
+        set = merge(set, reduced(set_max, sums.set));
+        rest = merge(rest, reduced(rest_max, sums.rest));
+      }
+      store_side(set, sides, 0, rows, i);
+      store_side(rest, sides, 1, rows, i);
+    }
+  });
+}
+
 // Writes dloss/draw of logits [rows, cols] to out [rows, cols], which may be the logits themselves.
 // norm [2, rows]: maximum and log of the sum of exponentials of the whole row. coef [kCoefficients,
-// rows]. Rows with active[i] false are not read and get zeros.
-template <class scalar_t, class T>
+// rows]. With sets the rest's, then the set's. Rows with active[i] false are not read and get
+// zeros. kThreshold: the sets have one.
+template <bool kThreshold, class scalar_t, class T>
 void row_grad(
     const scalar_t* logits, int64_t stride, scalar_t* out, int64_t out_stride, int64_t rows,
     int64_t cols, int64_t offset, const Transform<T>& transform, const Targets<T>& targets,
-    const bool* active, const T* norm, const T* coef) {
+    const Sets<T>& sets, const bool* active, const T* norm, const T* coef) {
   using Vec = Vectorized<T>;
   constexpr int64_t kLanes = Vec::size();
   at::parallel_for(0, rows, grain_size(cols), [&](int64_t begin, int64_t end) {
@@ -128,31 +173,41 @@ void row_grad(
         std::fill_n(out + i * out_stride, cols, scalar_t(0));
         continue;
       }
-      const T max = norm[i], log_sum = norm[rows + i];
-      const auto value = [&](int k) { return coef[k * rows + i]; };
-      const Coefficients<T> c{value(0), value(1), value(2), value(3), value(4), value(5), value(6)};
-      const Coefficients<Vec> lanes_c{Vec(c.prob),    Vec(c.prob_log_prob), Vec(c.prob_square),
-                                      Vec(c.target),  Vec(c.target_prob),   Vec(c.logit),
-                                      Vec(c.constant)};
+      const auto value = [&](const T* from, int k) { return from[k * rows + i]; };
+      const auto lanes = [&](const T* from, int k) { return Vec(from[k * rows + i]); };
+      const auto whole = Form<T>::load(norm, coef, 0, value);
+      const auto set = sets.any() ? Form<T>::load(norm, coef, 1, value) : whole;
+      const auto whole_lanes = Form<Vec>::load(norm, coef, 0, lanes);
+      const auto set_lanes = kThreshold ? Form<Vec>::load(norm, coef, 1, lanes) : whole_lanes;
+      const Vec least(sets.least(i));
+      const bool no_logit_term = whole.c.logit == T(0);
       for (int64_t first = 0; first < cols; first += kRowBlock) {
         const int64_t n = std::min(kRowBlock, cols - first);
         load_row_block(logits + i * stride, first, n, transform, z);
         const T* dense = targets.dense_from(i, first);
         for (int64_t j = 0; j < n; j += kLanes) {
-          const int64_t lanes = std::min(kLanes, n - j);
-          const Vec v = Vec::loadu(z + j, lanes);
-          const Vec log_p = log_probability(v, Vec(max), Vec(log_sum));
+          const int64_t count = std::min(kLanes, n - j);
+          const Vec v = Vec::loadu(z + j, count);
+          const auto& form = kThreshold ? select(whole_lanes, set_lanes, v >= least) : whole_lanes;
+          const Vec log_p = log_probability(v, form.max, form.log_sum);
           const Vec p = exponential(log_p);
-          Vec grad = prob_gradient(p, at::vec::maximum(log_p, log_zero), lanes_c);
+          Vec grad = prob_gradient(p, at::vec::maximum(log_p, log_zero), form.c);
           if (dense != nullptr)
-            grad = grad + target_gradient(Vec::loadu(dense + j, lanes), p, lanes_c);
+            grad = grad + target_gradient(Vec::loadu(dense + j, count), p, form.c);
           // z is left out where it is not asked for, not multiplied by zero: a masked entry has
           // -inf.
-          grad = grad + (c.logit == T(0) ? lanes_c.constant : logit_gradient(v, lanes_c));
-          grad.store(g + j, lanes);
+          grad = grad + (no_logit_term ? form.c.constant : logit_gradient(v, form.c));
+          grad.store(g + j, count);
         }
+        sets.for_listed(i, offset + first, n, [&](int64_t column) {
+          const T* const mass = dense == nullptr ? nullptr : dense + column;
+          g[column] = entry_gradient(z[column], set, mass);
+        });
         targets.for_sparse(i, offset + first, n, [&](int64_t column, T mass) {
-          g[column] += target_gradient(mass, std::exp(log_probability(z[column], max, log_sum)), c);
+          const bool inside = sets.contains(i, offset + first + column, z[column]);
+          const Form<T>& form = inside ? set : whole;
+          const T p = std::exp(log_probability(z[column], form.max, form.log_sum));
+          g[column] += target_gradient(mass, p, form.c);
         });
         if (!transform.is_identity()) {
           for (int64_t j = 0; j < n; j += kLanes) {

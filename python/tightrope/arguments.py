@@ -8,9 +8,7 @@ field that is added to a group is so added to every operator that takes the grou
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from operator import attrgetter
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -36,11 +34,10 @@ class Arguments:
     _names: tuple[str, ...]
     _schema: str
     _tensors: tuple[str, ...]
-    _values: Callable[[Arguments], tuple]
 
     def flat(self) -> tuple:
         """The values of all fields, in the order of the schema."""
-        return self._values(self)
+        return tuple([getattr(self, name) for name in self._names])  # of a list: half the time
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The fields that are tensors: what an autograd Function saves for its backward."""
@@ -66,7 +63,6 @@ def group(cls: _Group) -> _Group:
     # Compared by identity: torch.compile of torch 2.11 asks for the hash of one whose fields are not set yet.
     cls = dataclass(frozen=True, eq=False)(cls)
     cls._names = tuple(field.name for field in fields(cls))
-    cls._values = staticmethod(attrgetter(*cls._names))
     cls._schema = ", ".join(f"{_SCHEMA_TYPES[field.type]} {field.name}" for field in fields(cls))
     cls._tensors = tuple(field.name for field in fields(cls) if field.type.startswith("Tensor"))
     return cls
