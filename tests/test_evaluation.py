@@ -1,6 +1,8 @@
 """`tightrope.evaluation`: figures beside dense float64 logits, and the comparison with temperature."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -258,3 +260,11 @@ def test_perplexity_is_of_the_continuation():
     windows = tokens()
     log_p = dense(judge).log_softmax(-1).gather(-1, windows[:, 1:, None]).squeeze(-1)[:, 2:]
     assert evaluation.perplexity(judge, windows, 3) == pytest.approx((-log_p.mean()).exp().item(), rel=1e-5)
+
+
+def test_the_notebook_of_the_docs(capsys):
+    pytest.importorskip("transformers")
+    page = (Path(__file__).parents[1] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(code, {})
+    assert "other" in capsys.readouterr().out

@@ -27,7 +27,7 @@ from torch import Tensor
 import tightrope
 from tightrope import MinP, evaluation
 from tightrope.cli import data, model
-from tightrope.cli.train import MAX_GRADIENT_NORM, rate
+from tightrope.cli.train import MAX_GRADIENT_NORM, rate_at
 
 LENGTH, BATCH, BLOCKS, LEARNING_RATE = 128, 4, 2, 3e-4
 Objective = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -123,7 +123,7 @@ class Bench:
         batches = [batches[step % len(batches)] for step in range(steps)]
         references = self.references(name, batches)
         optimizer = torch.optim.AdamW(self.tail.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
         begin = time.perf_counter()
         for step, batch in enumerate(batches):
             hidden, target = self.rows(batch)

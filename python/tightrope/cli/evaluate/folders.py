@@ -47,7 +47,9 @@ def check(loaded: dict[str, Loaded], judge: str, windows: Tensor) -> None:
     """Raise UserError where a model is not to be compared with the judge, or does not take such windows."""
     vocabulary = loaded[judge].tokenizer.get_vocab()
     length = windows.shape[1]
-    for option, (network, tokenizer, subject) in loaded.items():
+    # A folder may have been given twice.
+    different = {id(one.network): (option, *one) for option, one in loaded.items()}
+    for option, network, tokenizer, subject in different.values():
         ours = tokenizer.get_vocab()
         if ours != vocabulary:
             differ = sum(vocabulary.get(token) != index for token, index in ours.items())
