@@ -228,6 +228,18 @@ def test_a_curve_between_two_temperatures():
     assert Curve(empty).at(3.0).implausible_mass == pytest.approx(0.005), "no logarithm of 0"
 
 
+def test_a_curve_that_bends():
+    """A chord, by which a mode that is temperature itself gains on temperature."""
+    model, judge = subject(1), subject(2)
+    options = {"min_ps": [], "temperatures": (0.8, 0.9, 1.0, 1.1, 1.2, 1.3)}
+    rows = evaluation.evaluate({"plain": model}, tokens(), judge, **options)
+    (exact,) = evaluation.evaluate({"m": model}, tokens(), judge, min_ps=[], temperatures=[1.05])
+    found = Curve(rows).at(exact.entropy)
+    assert found.temperature == pytest.approx(1.05, abs=2e-4)
+    assert found.cross_entropy == pytest.approx(exact.cross_entropy, abs=2e-4)
+    assert found.implausible_mass == pytest.approx(exact.implausible_mass, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("cross_entropy", "implausible", "verdict"),
     [

@@ -30,31 +30,43 @@ class Curve:
     def at(self, entropy: float) -> Row | None:
         """The figures at an entropy, in nats; None where no two temperatures lie around it.
 
-        Linear in the entropy, and for the implausible mass, which grows by magnitudes, its logarithm is.
+        A cubic through the two temperatures on each side, where there are as many; of the logarithm for the
+        implausible mass, which grows by magnitudes. The curve bends: a chord lies above its cross-entropy by
+        7 thousandths of a nat where temperatures are a tenth apart, as much as some modes are said to gain.
         """
         place = bisect_right([row.entropy for row in self.rows], entropy)
         if place == len(self.rows) and self.rows and entropy == self.rows[-1].entropy:
             return self.rows[-1]
         if place in (0, len(self.rows)):
             return None
-        low, high = self.rows[place - 1], self.rows[place]
-        share = (entropy - low.entropy) / (high.entropy - low.entropy)
+        near = self.rows[max(0, place - 2) : place + 2]
+        low = self.rows[place - 1]
+        weights = _lagrange([row.entropy for row in near], entropy)
 
-        def mean(a: float, b: float) -> float:
-            return a + share * (b - a)
+        def mean(field: str) -> float:
+            return sum(w * getattr(row, field) for w, row in zip(weights, near))
 
-        masses = low.implausible_mass, high.implausible_mass
-        mass = math.exp(mean(*map(math.log, masses))) if min(masses) > 0 else mean(*masses)
+        masses = [row.implausible_mass for row in near]
+        if min(masses) > 0:
+            mass = math.exp(sum(w * math.log(m) for w, m in zip(weights, masses)))
+        else:
+            share = (entropy - low.entropy) / (self.rows[place].entropy - low.entropy)
+            mass = (1 - share) * low.implausible_mass + share * self.rows[place].implausible_mass
         return low._replace(
-            temperature=mean(low.temperature, high.temperature),
-            cross_entropy=mean(low.cross_entropy, high.cross_entropy),
+            temperature=mean("temperature"),
+            cross_entropy=mean("cross_entropy"),
             entropy=entropy,
             implausible_mass=mass,
-            top1_accuracy=mean(low.top1_accuracy, high.top1_accuracy),
+            top1_accuracy=mean("top1_accuracy"),
             cross_entropy_error=None,
             entropy_error=None,
             implausible_mass_error=None,
         )
+
+
+def _lagrange(points: Sequence[float], x: float) -> list[float]:
+    """The weights of values at ``points`` in that of the polynomial through them at x; they sum to 1."""
+    return [math.prod((x - q) / (p - q) for q in points if q != p) for p in points]
 
 
 class Comparison(NamedTuple):

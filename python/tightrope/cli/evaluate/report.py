@@ -57,8 +57,8 @@ def write(
         "# Is it better than temperature?\n\n"
         f"{rows[0].tokens} tokens of text. Cross-entropy and entropy in nats a token; implausible: the mass "
         f"outside of the judge's {evaluation.NUCLEUS:.1%} nucleus, which has {sizes.double().mean():.0f} "
-        "classes in the mean. In brackets: the plain model at that entropy by temperature alone, between two "
-        "temperatures, log-linear for the mass. ± is a standard error over windows.\n"
+        "classes in the mean. In brackets: the plain model at that entropy by temperature alone, between its "
+        "temperatures. ± is a standard error over windows.\n"
     )
     for title, lines in tables.items():
         text += f"\n## {title}\n\n{markdown_table(lines)}\n"
