@@ -1,6 +1,5 @@
 """The command: how it ends, what it prints, and a whole run on a tiny model made here."""
 
-import csv
 import errno
 import math
 import os
@@ -16,29 +15,8 @@ import pytest
 import torch
 
 from tightrope import __version__
-from tightrope.cli import main
 from tightrope.cli.errors import UserError
-
-TEXT = "The quick brown fox jumps over the lazy dog, and the dog says nothing at all of it.\n" * 120
-TRAIN_EXTRA = ("transformers", "tokenizers", "accelerate", "gguf", "matplotlib", "psutil", "rich")
-
-
-def run(capsys, *arguments):
-    """Exit code, stdout and stderr of the command."""
-    try:
-        code = main([str(a) for a in arguments])
-    except SystemExit as end:  # argparse
-        code = end.code
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def assert_one_line(result, *words):
-    code, _, err = result
-    assert code == 2
-    assert err.startswith("tightrope") and err.count("\n") == 1, err
-    for word in words:
-        assert word in err
+from tiny_models import TEXT, TRAIN_EXTRA, assert_one_line, read_csv, run, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -53,41 +31,8 @@ def tiny(tmp_path_factory):
     """A folder with a random Llama of three blocks, tied head, and a byte-level tokenizer."""
     for name in TRAIN_EXTRA:
         pytest.importorskip(name)
-    import tokenizers
-    import transformers
-
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    bpe.train_from_iterator(
-        [TEXT],
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=300,
-            special_tokens=["<end>"],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-    )
     folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tiny(folder)
     return folder
 
 
@@ -95,11 +40,6 @@ def small_run(tiny, text, out, **changes):
     options = {"steps": 6, "batch-size": 2, "sequence-length": 16, "learning-rate": 0.01} | changes
     arguments = ["train", "--model", tiny, "--text", text, "--out", out]
     return arguments + [x for name, value in options.items() for x in (f"--{name}", value)]
-
-
-def read_csv(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_info_lists_versions_and_backends(capsys):

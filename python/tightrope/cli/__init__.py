@@ -26,6 +26,7 @@ from .errors import UserError
 
 DEFAULT_MODES = ("precise=0", "balanced=0.1", "creative=0.15")
 BENCH_EXTRA = ("matplotlib", "psutil", "rich")
+EVALUATE_EXTRA = ("transformers", "accelerate", "gguf", "matplotlib", "nltk", "rich")
 TRAIN_EXTRA = ("transformers", "accelerate", "gguf", "matplotlib", "psutil", "rich")
 
 
@@ -53,6 +54,8 @@ _count = _number(int, lambda x: x >= 1, "a whole number from 1")
 _seed = _number(int, lambda x: 0 <= x < 2**63, "a whole number from 0")
 _rate = _number(float, lambda x: 0 < x < math.inf, "a positive number")
 _share = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+_positive_share = _number(float, lambda x: 0 < x <= 1, "a number above 0, up to 1")
+_length = _number(int, lambda x: x >= 2, "a whole number from 2")
 
 
 def _mode(text: str) -> tuple[str, float]:
@@ -127,15 +130,83 @@ def _parser() -> argparse.ArgumentParser:
     for option, parse, default, text in (
         ("--steps", _count, 30, "optimizer steps of each mode"),
         ("--batch-size", _count, 4, "sequences in a step"),
-        ("--sequence-length", _number(int, lambda x: x >= 2, "a whole number from 2"), 128, "tokens"),
+        ("--sequence-length", _length, 128, "tokens"),
         ("--blocks", _count, 2, "last transformer blocks to train; those below stay frozen"),
         ("--learning-rate", _rate, 3e-4, "peak rate of AdamW, after warmup"),
         ("--seed", _seed, 0, "fixes the batches and the samples"),
     ):
         how.add_argument(option, type=parse, default=default, metavar="N", help=f"{text} (%(default)s)")
     train.set_defaults(run=_train)
+    _add_evaluate(commands)
     _add_bench(commands)
     return parser
+
+
+def _model(text: str) -> tuple[str, Path]:
+    """``NAME=FOLDER`` or ``FOLDER`` as a model's name and folder."""
+    name, equals, folder = text.partition("=")
+    if not equals:
+        name, folder = Path(text).resolve().name, text
+    if not name.strip() or not folder:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=FOLDER or FOLDER")
+    return name.strip(), Path(folder)
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="models beside what temperature makes of the plain one",
+        description="Sweeps temperature and min-p of each model over a text, and compares each with the "
+        "plain model at the same entropy by temperature alone: cross-entropy, and the implausible mass, what "
+        "is given to classes outside of a judge's 99.9 %% nucleus. Also top-1 accuracy, and on samples "
+        "distinct n-grams, self-BLEU and the judge's perplexity.",
+        epilog="Written to the output folder: evaluate.csv, every figure; evaluate.md, the tables; "
+        "frontier.png, the two frontiers; samples.md. Files of these names are replaced. Ctrl-C leaves what "
+        "was written. docs/evaluate.md says how to read them.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+    )
+    what = evaluate.add_argument_group("what is compared")
+    what.add_argument(
+        "--model",
+        type=_model,
+        action="append",
+        metavar="[NAME=]FOLDER",
+        help="a model in a folder: of transformers, or with one .gguf file; repeat for several",
+    )
+    what.add_argument("--plain", metavar="NAME", help="whose temperatures the others are held to (the first)")
+    what.add_argument(
+        "--judge", type=Path, metavar="FOLDER", help="says what is plausible (the model called judge)"
+    )
+    what.add_argument(
+        "--text", type=Path, metavar="FILE", help="UTF-8 text that none was trained on (King James)"
+    )
+    what.add_argument("--out", type=Path, metavar="FOLDER", default=Path("evaluation"), help="(%(default)s)")
+    how = evaluate.add_argument_group("how")
+    how.add_argument(
+        "--temperature",
+        type=_rate,
+        action="append",
+        metavar="T",
+        help="repeat for several; 1 is always one (0.8 0.9 1 1.1 1.2 1.3 1.45 1.6)",
+    )
+    how.add_argument(
+        "--min-p", type=_positive_share, action="append", metavar="X", help="repeat (0.02 0.05 0.1)"
+    )
+    how.add_argument("--windows", type=_count, metavar="N", help="of the text (32, or as many as it has)")
+    how.add_argument("--sequence-length", type=_length, default=128, metavar="N", help="tokens (%(default)s)")
+    how.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="fixes the windows, of which the first are those that train holds out, and the samples (0)",
+    )
+    how.add_argument(
+        "--quick",
+        action="store_true",
+        help="a first look: 4 windows, temperatures 0.8 1 1.3 1.6, min-p 0.05, where not given",
+    )
+    evaluate.set_defaults(run=_evaluate)
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -216,15 +287,29 @@ def _info(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     modes = args.balance or [_mode(text) for text in DEFAULT_MODES]
-    names = ["untrained", *(name for name, _ in modes)]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(f"--balance: more than one mode is called {', '.join(repeated)}")
+    _refuse_repeated("--balance", "mode", ["untrained", *(name for name, _ in modes)])
     _need("train", TRAIN_EXTRA)
     from .job import Options, run
 
     options = {k: v for k, v in vars(args).items() if k not in ("command", "run", "balance")}
     run(Options(modes=dict(modes), **options))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    if not args.model:
+        raise UserError("--model: got none, expected [NAME=]FOLDER, one at least")
+    _refuse_repeated("--model", "model", [name for name, _ in args.model])
+    _need("evaluate", EVALUATE_EXTRA)
+    from .evaluate.job import Options, run
+
+    options = {k: v for k, v in vars(args).items() if k not in ("command", "run", "model")}
+    run(Options(model=dict(args.model), **options))
+
+
+def _refuse_repeated(option: str, what: str, names: Sequence[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError(f"{option}: more than one {what} is called {', '.join(repeated)}")
 
 
 def _bench(args: argparse.Namespace) -> None:

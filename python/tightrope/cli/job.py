@@ -7,18 +7,15 @@ is all that differs.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from . import data, model, output, probe, report, sample
+from .progress import phase, progress_bar
 from .train import Batches, Step, evaluate, train
 
 
@@ -49,10 +46,10 @@ def run(options: Options) -> None:
 
 
 def _run(options: Options, console: Console, text: str) -> None:
-    with _phase(console, "loading the model"):
+    with phase(console, "loading the model"):
         network, tokenizer = model.load(options.model)
         tail = model.Tail(network, options.blocks)
-    with _phase(console, "tokenising the text"):
+    with phase(console, "tokenising the text"):
         windows = data.make_windows(
             tokenizer,
             text,
@@ -66,7 +63,7 @@ def _run(options: Options, console: Console, text: str) -> None:
     training = _freeze(console, tail, windows.train[:count], options.batch_size, "training")
     held_out = _freeze(console, tail, windows.held_out, options.batch_size, "held-out")
 
-    with _phase(console, "measuring the loss beside eager PyTorch"):
+    with phase(console, "measuring the loss beside eager PyTorch"):
         hidden, weight, target = _probe_inputs(tail, training)
         costs = probe.measure(hidden, weight, target, max(options.modes.values()))
     report.write_csv(options.out / "cost.csv", probe.Cost._fields, costs)
@@ -78,7 +75,7 @@ def _run(options: Options, console: Console, text: str) -> None:
 
 def _freeze(console: Console, tail: model.Tail, windows: Tensor, batch_size: int, name: str) -> Batches:
     frozen = []
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task(f"frozen blocks, {name} text", total=len(windows), note="")
         for states in tail.frozen(windows, batch_size):
             frozen.append(states)
@@ -106,7 +103,7 @@ def _train_modes(
             steps: list[Step] = []
             if balance is not None:
                 tail.load_state_dict(start)
-                with _progress(console) as progress:
+                with progress_bar(console) as progress:
                     task = progress.add_task(mode, total=options.steps, note="")
                     for step in train(
                         tail,
@@ -120,7 +117,7 @@ def _train_modes(
                         steps.append(step)
                         steps_csv.write((mode, balance, *step))
                         progress.update(task, advance=1, note=_note(step))
-            with _phase(console, f"evaluating and sampling {mode}"):
+            with phase(console, f"evaluating and sampling {mode}"):
                 quality = evaluate(tail, held_out)
                 continuations = sample.sample(network, tokenizer, options.seed)
             rows.append(
@@ -153,29 +150,8 @@ def _probe_inputs(tail: model.Tail, training: Batches) -> tuple[Tensor, Tensor, 
     return torch.cat(hidden)[:limit], weight, torch.cat(target)[:limit]
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None),
-        TextColumn("{task.completed}/{task.total}"),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        console=console,
-        expand=True,
-    )
-
-
 def _note(step: Step) -> str:
     return (
         f"loss {step.loss:.3f} reality {step.reality:.3f} entropy {step.entropy:.3f} "
         f"{step.tokens_per_second:.0f} tok/s"
     )
-
-
-@contextmanager
-def _phase(console: Console, name: str) -> Iterator[None]:
-    """A spinner while it lasts, and a line with its time after."""
-    begin = time.perf_counter()
-    with console.status(name):
-        yield
-    console.print(f"{name}: {time.perf_counter() - begin:.1f} s")

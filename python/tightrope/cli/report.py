@@ -82,7 +82,8 @@ def append_samples(path: Path, mode: str, texts: Sequence[str]) -> None:
     with writing(path), path.open("a", encoding="utf-8") as file:
         if file.tell() == 0:
             file.write(
-                f"# Sampled continuations\n\nTemperature 1, nothing cut off, {NEW_TOKENS} tokens each.\n"
+                "# Sampled continuations\n\n"
+                f"Temperature 1 where none is named, nothing cut off, {NEW_TOKENS} tokens each.\n"
             )
         file.write(f"\n## {mode}\n")
         for index, text in enumerate(texts):

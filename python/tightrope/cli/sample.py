@@ -15,9 +15,9 @@ NEW_TOKENS = 40
 
 
 @torch.no_grad()
-def sample(model, tokenizer, seed: int) -> list[list[int]]:
+def sample(model, tokenizer, seed: int, temperature: float = 1.0) -> list[list[int]]:
     """Token ids of `SAMPLES` continuations of each of `PROMPTS`, in order, drawn from the model's own
-    distribution (temperature 1, nothing cut off). All have `NEW_TOKENS` tokens, none of them the end."""
+    distribution (nothing cut off). All have `NEW_TOKENS` tokens, none of them the end."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -28,7 +28,7 @@ def sample(model, tokenizer, seed: int) -> list[list[int]]:
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         do_sample=True,
-        temperature=1.0,
+        temperature=temperature,
         top_k=0,
         top_p=1.0,
         min_new_tokens=NEW_TOKENS,
@@ -42,3 +42,18 @@ def distinct(continuations: list[list[int]], n: int) -> float:
     """Distinct n-grams of tokens over all n-grams of the continuations, from 0 to 1."""
     grams = [tuple(ids[i : i + n]) for ids in continuations for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams)
+
+
+def self_bleu(continuations: list[list[int]]) -> float:
+    """How alike the continuations are, from 0 to 1: the mean BLEU-4, in tokens, of each against the others.
+
+    After Zhu et al., Texygen (arXiv 1802.01886), by NLTK with its first smoothing, as they have it.
+    """
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    smoothing = SmoothingFunction().method1
+    scores = [
+        sentence_bleu(continuations[:i] + continuations[i + 1 :], ids, smoothing_function=smoothing)
+        for i, ids in enumerate(continuations)
+    ]
+    return sum(scores) / len(scores)

@@ -60,7 +60,7 @@ def train(
 ) -> Iterator[Step]:
     """Trains ``tail`` on the batches in turn, over and over, and yields after each step."""
     optimizer = torch.optim.AdamW(tail.parameters(), lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
     for step in range(steps):
         begin = time.perf_counter()
         index = step % len(batches.tokens)
@@ -109,7 +109,7 @@ def evaluate(tail: Tail, batches: Batches) -> Quality:
     return Quality(cross_entropy / count, entropy / count)
 
 
-def _rate(step: int, steps: int) -> float:
+def rate_at(step: int, steps: int) -> float:
     """A tenth of the steps of linear warmup, then a linear decay to a tenth of the peak."""
     warmup = max(1, steps // 10)
     if step < warmup:

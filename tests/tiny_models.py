@@ -1,0 +1,85 @@
+"""Tiny models in folders, and the command run in this process: what the tests of the command share."""
+
+import csv
+
+import torch
+
+from tightrope.cli import main
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog says nothing at all of it.\n" * 120
+TRAIN_EXTRA = ("transformers", "tokenizers", "accelerate", "gguf", "matplotlib", "psutil", "rich")
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout and stderr of the command."""
+    try:
+        code = main([str(a) for a in arguments])
+    except SystemExit as end:  # argparse
+        code = end.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def assert_one_line(result, *words):
+    code, _, err = result
+    assert code == 2
+    assert err.startswith("tightrope") and err.count("\n") == 1, err
+    for word in words:
+        assert word in err
+
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def make_tokenizer(size=300):
+    """A byte-level tokenizer of `TEXT`."""
+    import tokenizers
+    import transformers
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(
+        [TEXT],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=["<end>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
+
+
+def make_model(kind="Llama", *, seed=0, vocab_size=300, **changes):
+    """A random model of three blocks."""
+    import transformers
+
+    options = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    if kind == "GPT2":
+        del options["num_key_value_heads"], options["intermediate_size"]
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(**options | changes)
+    return getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config).eval()
+
+
+def save_tiny(folder, kind="Llama", tokens=300, **changes):
+    """Puts a random model and its tokenizer into a folder."""
+    tokenizer = make_tokenizer(tokens)
+    make_model(kind, vocab_size=len(tokenizer), **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
