@@ -165,7 +165,7 @@ TIGHTROPE_HD Partial<T> merge(const Partial<T>& a, const Partial<T>& b) {
 }
 
 // One side of a row that a set of classes cuts in two, the set or the rest: sums as in a Partial,
-// relative to the side's own maximum. Sides are laid out [2 * kSideFields, rows]: the set's fields,
+// relative to the side's own maximum. Sides are laid out [kSideFields, rows]: the set's fields,
 // then the rest's.
 template <class T>
 struct Side {
@@ -173,7 +173,7 @@ struct Side {
   T sum_exp = 0;
   T sum_exp_shift = 0;
 };
-constexpr int kSideFields = 3;
+constexpr int kSideFields = 6;
 
 template <class T>
 TIGHTROPE_HD Side<T> rebase(const Side<T>& side, T max) {

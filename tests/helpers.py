@@ -143,6 +143,11 @@ def ours(problem: Problem, **options) -> dict[str, Tensor]:
     return evaluate(function_of(problem), problem, **options)
 
 
+def present(stats) -> dict[str, Tensor]:
+    """The fields of statistics that are there, by name."""
+    return {name: value for name, value in stats._asdict().items() if value is not None}
+
+
 def deviation(actual: Tensor, exact: Tensor) -> Tensor:
     """``|actual - exact|`` in float64; equal infinities do not deviate, NaN does."""
     actual, exact = actual.detach().double(), exact.detach().double()

@@ -29,7 +29,7 @@ from helpers import (
     top_k,
 )
 from tightrope import reference
-from tightrope.statistics import empty_partial
+from tightrope.statistics import empty_partial, empty_sides
 
 # The compiler's own use of deprecated parts of PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -55,7 +55,7 @@ def user_loss(*args, gamma, **options):
 def statistics(*args, **options):
     """A number that depends on every floating statistic."""
     stats = tightrope.linear_vocab_stats(*args, **options)
-    picked = [x * (i + 1) for i, x in enumerate(stats) if x.is_floating_point()]
+    picked = [x * (i + 1) for i, x in enumerate(stats) if x is not None and x.is_floating_point()]
     return sum(x.tanh().sum() for x in picked) + 0 * stats.argmax.sum()
 
 
@@ -215,7 +215,7 @@ def registered():
 
 
 # Called by the other operators, where no mode sees them; they write into arguments, see below.
-PRIMITIVES = {"tightrope::row_stats", "tightrope::row_grad", "tightrope::row_loss_grad"}
+PRIMITIVES = {f"tightrope::row_{name}" for name in ("stats", "sides", "grad", "loss_grad")}
 
 
 def test_every_operator_is_checked():
@@ -251,12 +251,24 @@ def test_primitives(name, kind):
     partial = empty_partial(rows, torch.float32, torch.device("cpu"))
     if name.endswith("row_stats"):
         args = (logits, *partial, *tail)
+    elif name.endswith("row_sides"):
+        threshold = torch.zeros(rows)
+        args = (logits, empty_sides(rows, torch.float32, torch.device("cpu")), 0, threshold, None, *tail[1:])
     elif name.endswith("row_loss_grad"):
         # Whole rows: there is no offset among its arguments.
         args = (logits, torch.empty_like(logits).fill_(float("nan")), *partial, randn(11, rows), *tail[1:])
     else:
         norm = torch.stack([logits.amax(-1), torch.ones(rows)])
-        args = (logits, torch.empty_like(logits).fill_(float("nan")), norm, randn(7, rows), *tail)
+        args = (
+            logits,
+            torch.empty_like(logits).fill_(float("nan")),
+            norm,
+            randn(7, rows),
+            0,
+            None,
+            None,
+            *tail[1:],
+        )
     operator = getattr(torch.ops.tightrope, name.removeprefix("tightrope::")).default
     torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
 

@@ -25,6 +25,7 @@ from helpers import (
     oracle,
     ours,
     plain,
+    present,
     rand,
     randn,
 )
@@ -173,9 +174,9 @@ def test_every_statistic(backend, kind, small_tiles):
             else:
                 b = reference.dense_target(plain(target), 600, dtype=dtype)[0]
                 stats = reference.row_stats(reference.logits(hidden, weight, shift), b)
-            fields = {k: v for k, v in stats._asdict().items() if k not in ("argmax", "logit_square_sum")}
+            fields = {k: v for k, v in present(stats).items() if k not in ("argmax", "logit_square_sum")}
             total = sum((i + 1) * v.sum() for i, v in enumerate(fields.values()))
-            results[name] = stats._asdict() | {"gradient": torch.autograd.grad(total, shift)[0]}
+            results[name] = present(stats) | {"gradient": torch.autograd.grad(total, shift)[0]}
         z = reference.logits(*(t.double() for t in leaves)).masked_fill(bias.isinf(), 0.0)
         # Sums of logits of both signs, and what is relative to the largest, have its rounding.
         rounding = {"logit_sum": 1e-6 * z.abs().sum(-1), "target_logit": 1e-6 * z.amax(-1).clamp_min(0)}

@@ -159,7 +159,7 @@ void column_sides(
     for (int64_t j = 0; j < n; ++j) sums.add(Vec::loadu(z + j * kLanes), least);
     const SideSums<T>* const both[2] = {&sums.set, &sums.rest};
     for (int side = 0; side < 2; ++side) {
-      alignas(64) T field[kSideFields][kLanes];
+      alignas(64) T field[kSideFields / 2][kLanes];
       both[side]->max.store(field[0]);
       both[side]->sum_exp.store(field[1]);
       both[side]->sum_exp_shift.store(field[2]);

@@ -144,16 +144,16 @@ struct SidesSums {
   }
 };
 
-// One side of a row in a `sides` tensor [2 * kSideFields, rows]: the set, 0, or the rest, 1.
+// One side of a row in a `sides` tensor [kSideFields, rows]: the set, 0, or the rest, 1.
 template <class T>
 Side<T> load_side(const T* sides, int side, int64_t rows, int64_t i) {
-  const T* const field = sides + side * kSideFields * rows + i;
+  const T* const field = sides + side * (kSideFields / 2) * rows + i;
   return {field[0], field[rows], field[2 * rows]};
 }
 
 template <class T>
 void store_side(const Side<T>& value, T* sides, int side, int64_t rows, int64_t i) {
-  T* const field = sides + side * kSideFields * rows + i;
+  T* const field = sides + side * (kSideFields / 2) * rows + i;
   field[0] = value.max, field[rows] = value.sum_exp, field[2 * rows] = value.sum_exp_shift;
 }
 

@@ -141,7 +141,7 @@ void row_sides_op(
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, logits.scalar_type(), "tightrope::row_sides", [&] {
         using T = at::opmath_type<scalar_t>;
-        check(sides, "sides", {2 * kSideFields, rows}, c10::CppTypeToScalarType<T>::value);
+        check(sides, "sides", {kSideFields, rows}, c10::CppTypeToScalarType<T>::value);
         const auto kernel = transposed ? column_sides<scalar_t, T> : row_sides<scalar_t, T>;
         kernel(
             logits.const_data_ptr<scalar_t>(), logits.stride(transposed), rows, cols, offset,

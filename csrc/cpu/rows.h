@@ -109,7 +109,7 @@ void row_stats(
   });
 }
 
-// Merges the statistics of the two sides of a tile into sides [2 * kSideFields, rows]; the rest is
+// Merges the statistics of the two sides of a tile into sides [kSideFields, rows]; the rest is
 // as in row_stats.
 template <class scalar_t, class T>
 void row_sides(

@@ -17,29 +17,6 @@ namespace tightrope::cuda {
 template <class scalar_t>
 constexpr int kSidesAheadOf = sizeof(scalar_t) == 2 ? 3 : kAheadOf<scalar_t>;
 
-// Statistics of one side of part of a row, relative to its own maximum.
-template <class T>
-struct Side {
-  T max = -std::numeric_limits<T>::infinity();
-  T sum_exp = 0;        // sum e^d, d_j = z_j - max
-  T sum_exp_shift = 0;  // sum e^d d
-};
-
-// The same sums relative to another, larger maximum: as the rebase of row_math.h.
-template <class T>
-TIGHTROPE_HD Side<T> rebase_side(const Side<T>& part, T max) {
-  const T shift = maximum(origin(part.max) - origin(max), T(kLogZero));
-  const T scale = part.sum_exp == T(0) ? T(0) : T(std::exp(shift));
-  return {max, scale * part.sum_exp, scale * (part.sum_exp_shift + shift * part.sum_exp)};
-}
-
-template <class T>
-TIGHTROPE_HD Side<T> merge_side(const Side<T>& a, const Side<T>& b) {
-  const T max = maximum(a.max, b.max);
-  const Side<T> x = rebase_side(a, max), y = rebase_side(b, max);
-  return {max, x.sum_exp + y.sum_exp, x.sum_exp_shift + y.sum_exp_shift};
-}
-
 template <class T>
 struct Sides {
   Side<T> set, rest;
@@ -51,7 +28,7 @@ TIGHTROPE_DEVICE void add_logits(Side<T>& side, Value value) {
   T top = value(0);
 #pragma unroll
   for (int k = 1; k < N; ++k) top = maximum(top, value(k));
-  if (!(top <= side.max)) side = rebase_side(side, maximum(top, side.max));
+  if (!(top <= side.max)) side = rebase(side, maximum(top, side.max));
   const T shift = origin(side.max), log_zero = static_cast<T>(kLogZero);
 #pragma unroll
   for (int k = 0; k < N; ++k) {
@@ -95,7 +72,7 @@ TIGHTROPE_DEVICE Side<T> warp_reduce(const Side<T>& part) {
   for (int lane = kWarp / 2; lane > 0; lane /= 2) {
     top = maximum(top, T(__shfl_xor_sync(kAllLanes, top, lane)));
   }
-  Side<T> out = rebase_side(part, top);
+  Side<T> out = rebase(part, top);
   out.sum_exp = warp_sum(out.sum_exp);
   out.sum_exp_shift = warp_sum(out.sum_exp_shift);
   return out;
@@ -121,8 +98,7 @@ TIGHTROPE_DEVICE void store_sides(const Sides<T>& s, T* sides, int64_t rows, int
 template <class T>
 TIGHTROPE_DEVICE void merge_into(const Sides<T>& tile, T* sides, int64_t rows, int64_t row) {
   const Sides<T> before = load_sides(sides, rows, row);
-  store_sides<T>(
-      {merge_side(before.set, tile.set), merge_side(before.rest, tile.rest)}, sides, rows, row);
+  store_sides<T>({merge(before.set, tile.set), merge(before.rest, tile.rest)}, sides, rows, row);
 }
 
 template <class T>

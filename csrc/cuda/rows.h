@@ -93,8 +93,6 @@ struct SideArgs {
   TIGHTROPE_HD bool given() const { return threshold != nullptr || classes != nullptr; }
 };
 
-constexpr int kSideFields = 6;  // of `sides`: those of the set, then those of the rest
-
 // Where the sides of a tile go.
 template <class T>
 struct SidesOut {
