@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,6 +25,9 @@ from torch import Tensor
 import tightrope
 
 from .output import scratch, writing
+
+# The modes of a comparison are there to be compared, whatever their balance.
+warnings.filterwarnings("ignore", category=tightrope.BalanceWarning)
 
 TOKENS = 1024
 ROUNDS = 3

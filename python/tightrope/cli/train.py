@@ -8,6 +8,7 @@ the vocabulary, and the logits of a step never exist.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,9 @@ from torch import Tensor
 import tightrope
 
 from .model import Tail
+
+# The modes of a comparison are there to be compared, whatever their balance.
+warnings.filterwarnings("ignore", category=tightrope.BalanceWarning)
 
 MAX_GRADIENT_NORM = 1.0
 
