@@ -33,13 +33,17 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 KINDS = {"none": 0, "index": 1, "dense": 2, "topk": 3}
+SETS = {"none": 0, "threshold": 1, "listed": 2}
 KERNELS = {
     "row_stats": rows.row_stats,
     "merge_parts": rows.merge_parts,
+    "row_sides": rows.row_sides,
+    "merge_sides": rows.merge_sides,
     "row_grad": rows.row_grad,
     "stream_stats": stream.stream_stats,
     "stream_grad": stream.stream_grad,
 }
+MERGES = ("merge_parts", "merge_sides")
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ROW_DTYPES = {**DTYPES, "fp64": 8}
 # In the assembly, and in the disassembly of the binary.
@@ -67,6 +71,7 @@ class Case:
     # What is a multiple of 16: "all" sizes and addresses, those of the "operands" of a GEMM only, or "none".
     aligned: str = "all"
     out: str | None = None  # dtype of a gradient that is narrower than its logits
+    sets: str = "none"  # how the set of a row is told from the rest
 
     @property
     def streams(self) -> bool:
@@ -83,14 +88,16 @@ class Case:
 
 
 def cases(archs, dtypes, kinds=("index", "dense", "topk")) -> list[Case]:
-    """The variant of each kernel that does most."""
-    return [
-        Case(kernel, arch, dtype, kind)
-        for arch in archs
-        for kernel in KERNELS
-        for dtype in (dtypes if kernel != "merge_parts" else ["fp32"])
-        for kind in (kinds if kernel != "merge_parts" else ["none"])
-    ]
+    """The variant of each kernel that does most, and of row_grad the one without a set."""
+    found = []
+    for arch, kernel in product(archs, KERNELS):
+        known = ("threshold", "listed") if kernel == "row_sides" else ("none",)
+        known += ("threshold", "listed") if kernel == "row_grad" else ()
+        has_target = kernel not in (*MERGES, "row_sides")
+        for dtype in dtypes if kernel not in MERGES else ("fp32",):
+            for kind, sets in product(kinds if has_target else ("none",), known):
+                found.append(Case(kernel, arch, dtype, kind, sets=sets))
+    return found
 
 
 def all_cases(archs) -> list[Case]:
@@ -98,7 +105,7 @@ def all_cases(archs) -> list[Case]:
     found = []
     switch = (True, False)
     for arch in archs:
-        found += [Case("merge_parts", arch, dtype, "none") for dtype in ("fp32", "fp64")]
+        found += [Case(kernel, arch, dtype, "none") for kernel in MERGES for dtype in ("fp32", "fp64")]
         for kind, capped, bias, aligned in product(KINDS, switch, switch, ("all", "operands", "none")):
             variant = {"kind": kind, "capped": capped, "bias": bias, "aligned": aligned}
             for dtype, kernel in product(DTYPES, ("stream_stats", "stream_grad")):
@@ -106,7 +113,12 @@ def all_cases(archs) -> list[Case]:
             for dtype in ROW_DTYPES if aligned != "operands" else ():
                 found.append(Case("row_stats", arch, dtype, **variant))
                 narrower = ("bf16", "fp16") if dtype == "fp32" else ()
-                found += [Case("row_grad", arch, dtype, out=out, **variant) for out in (None, *narrower)]
+                for out, sets in product((None, *narrower), SETS):
+                    found.append(Case("row_grad", arch, dtype, out=out, sets=sets, **variant))
+                if kind == "none":
+                    found += [
+                        Case("row_sides", arch, dtype, sets=s, **variant) for s in ("threshold", "listed")
+                    ]
     return found
 
 
@@ -123,14 +135,26 @@ def covering_cases(archs) -> list[Case]:
         ("topk", False, True, True, "all", "fp32"),
         ("index", False, False, True, "none", "fp32"),
     )
+    # Fewer of the row kernels with a set, among them those that hold most.
+    sets_plan = (
+        ("topk", True, True, True, "all", "fp64", "threshold"),
+        ("topk", True, True, True, "none", "fp32", "listed"),
+        ("none", False, False, False, "none", "fp16", "threshold"),
+        ("dense", True, True, True, "all", "fp64", "listed"),
+        ("index", False, True, True, "none", "bf16", "threshold"),
+    )
     found = []
     for arch in archs:
-        found += [Case("merge_parts", arch, dtype, "none") for dtype in ("fp32", "fp64")]
+        found += [Case(kernel, arch, dtype, "none") for kernel in MERGES for dtype in ("fp32", "fp64")]
         for kind, capped, bias, active, aligned, dtype in plan:
             variant = {"kind": kind, "capped": capped, "bias": bias, "active": active, "aligned": aligned}
             found += [Case(kernel, arch, dtype, **variant) for kernel in ("stream_stats", "stream_grad")]
             found.append(Case("row_stats", arch, dtype if active else "fp64", **variant))
             found.append(Case("row_grad", arch, dtype, out="bf16" if dtype == "fp32" else None, **variant))
+        for kind, capped, bias, active, aligned, dtype, sets in sets_plan:
+            variant = {"capped": capped, "bias": bias, "active": active, "aligned": aligned, "sets": sets}
+            found.append(Case("row_sides", arch, dtype, "none", **variant))
+            found.append(Case("row_grad", arch, dtype, kind, **variant))
     return found
 
 
@@ -138,16 +162,21 @@ def _source(case: Case) -> tuple[ASTSource, dict]:
     """What the launcher of tightrope.backends.triton would compile, and with which options."""
     kernel, config = KERNELS[case.kernel], case.config
     wide = "fp64" if case.dtype == "fp64" else "fp32"
-    options = {"num_warps": configs.ROW_WARPS if case.kernel != "merge_parts" else 4}
+    options = {"num_warps": configs.ROW_WARPS if case.kernel not in MERGES else 4}
     constants = {
         "TARGET": KINDS[case.kind],
+        "SET": SETS[case.sets],
         "CAPPED": case.capped,
-        "BLOCK": configs.ROW_BLOCK if case.kernel == "row_stats" else configs.GRAD_BLOCK,
+        "BLOCK": configs.ROW_BLOCK,
         "BLOCKS": configs.ROW_BLOCKS,
         "TOPK_BLOCK": configs.TOPK_BLOCK,
         "ROWS": 8,
         "SPLITS": configs.MERGE_TILE // 8,
     }
+    if case.kernel == "row_grad":
+        constants["BLOCK"] = configs.GRAD_BLOCK if case.sets == "none" else configs.SET_GRAD_BLOCK
+    if case.kernel == "row_sides":
+        constants |= {"BLOCK": configs.SIDES_BLOCK, "BLOCKS": configs.SIDES_BLOCKS}
     operand = {}
     if config:
         options = config.options
@@ -160,11 +189,12 @@ def _source(case: Case) -> tuple[ASTSource, dict]:
         "argmax": "*i64",
         "active": "*i1" if case.active else None,
         "target": {"index": "*i64", "dense": f"*{wide}", "topk": "*i64", "none": None}[case.kind],
+        "members": {"threshold": f"*{wide}", "listed": "*i1", "none": None}[case.sets],
         "target_prob": f"*{wide}" if case.kind == "topk" else None,
         "bias": f"*{wide}" if case.bias else None,
         "logit_scale": "fp64",
         "softcap": "fp64",
-        **dict.fromkeys(("parts", "partial", "norm", "coef"), f"*{wide}"),
+        **dict.fromkeys(("parts", "partial", "sides", "norm", "coef"), f"*{wide}"),
     }
     for name, block in operand.items():
         types[name] = f"*{case.dtype}"
@@ -196,6 +226,7 @@ def compile_case(case: Case) -> dict:
         "arch": case.arch,
         "dtype": case.dtype,
         "target": case.kind,
+        "set": case.sets,
         "aligned": case.aligned,
         "softcap": case.capped,
         "bias": case.bias,

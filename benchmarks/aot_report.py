@@ -53,6 +53,7 @@ COLUMNS = (
     ("arch", "arch", 7),
     ("dtype", "dtype", 6),
     ("target", "target", 7),
+    ("set", "set", 9),
     ("tile", "tile", 11),
     ("registers", "regs", 5),
     ("spill_bytes", "spill", 6),

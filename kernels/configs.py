@@ -136,6 +136,8 @@ SIDES_BLOCK = 2048
 SIDES_BLOCKS = 8
 # Columns in a program of row_grad: with 16 to a thread the assembler spills a few bytes in some variants.
 GRAD_BLOCK = 2048
+# With a set each entry has its own coefficients: 8 to a thread spill a few bytes on sm_80.
+SET_GRAD_BLOCK = 1024
 ROW_WARPS = 8
 # Top-k entries of a row that are looked at together; of the many rows of a streaming tile, fewer.
 TOPK_BLOCK = 64

@@ -37,7 +37,7 @@ def test_every_class_of_variants_compiles_without_spills_within_shared_memory(re
     """A covering part of what `aot_report.py --all` compiles; docs/gpu.md has what that gave."""
     rows = [row for row in report["kernels"] if row["arch"] == arch]
     for kernel in ("row_stats", "row_grad", "stream_stats", "stream_grad"):
-        found = [row for row in rows if row["kernel"] == kernel]
+        found = [row for row in rows if row["kernel"] == kernel and row["set"] == "none"]
         for key, values in {
             "dtype": {"bf16", "fp16", "fp32"},
             "target": {"none", "index", "dense", "topk"},
@@ -47,6 +47,10 @@ def test_every_class_of_variants_compiles_without_spills_within_shared_memory(re
             "active": {True, False},
         }.items():
             assert {row[key] for row in found} >= values, (kernel, key)
+    for kernel in ("row_sides", "row_grad"):
+        found = [row for row in rows if row["kernel"] == kernel and row["set"] != "none"]
+        assert {row["set"] for row in found} == {"threshold", "listed"}
+        assert {row["dtype"] for row in found} == {"bf16", "fp16", "fp32", "fp64"}
     table = configs.ARCHITECTURES[arch]
     shipped = (
         table.half,

@@ -1,5 +1,6 @@
 """The public API with backend="triton" in the interpreter, as a person without a GPU tries it."""
 
+import math
 import os
 
 import pytest
@@ -10,9 +11,20 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import torch
 
 import tightrope
-from helpers import STRATEGIES, Problem, assert_same_bits, linear_problem, ours, rand, randn, top_k
+from helpers import (
+    STRATEGIES,
+    Problem,
+    assert_same_bits,
+    assert_within,
+    class_indices,
+    linear_problem,
+    ours,
+    rand,
+    randn,
+    top_k,
+)
 from test_against_reference import check
-from tightrope import backends
+from tightrope import backends, reference
 from tightrope.strategies import plan
 from tightrope.strategies.gemm import headroom
 from triton_bounds import checked_bounds
@@ -141,6 +153,87 @@ def test_streaming_cuts_rows_and_vocabulary_to_the_workspace(monkeypatch):
         case = with_target(problem, kind, 100)
         for workspace in (32 * 17 * 8, 34 * 64 * 4):
             check(case, strategy="streaming", backend="triton", workspace_mb=workspace / 2**20)
+
+
+def _support_problem(vocab=75):
+    """(leaves, target, classes): classes named twice, ignored ones, and a token without any."""
+    problem = linear_problem(2, 5, vocab=vocab, width=21, ignored=0.3)
+    classes = class_indices((2, 5, 6), vocab, seed=7, ignored=0.3)
+    classes[..., 1] = classes[..., 0]
+    classes[0, 1] = -100
+    return problem.leaves, problem.target, classes
+
+
+def _dense_support_statistics(leaves, support, valid, softcap):
+    """The three statistics of a set from a softmax that is whole; 0 for ignored tokens."""
+    z = reference.logits(leaves["input"], leaves["weight"], leaves["bias"], softcap=softcap)
+    log_p = torch.log_softmax(z, -1)
+    if isinstance(support, tightrope.MinP):
+        members = log_p.detach() >= log_p.detach().amax(-1, keepdim=True) + math.log(support.x)
+    else:
+        kept = support.indices >= 0
+        hits = torch.zeros(z.shape, dtype=torch.int64).scatter_add_(-1, support.indices * kept, kept.long())
+        members = hits > 0
+    own = log_p.masked_fill(~members, -torch.inf)
+    log_mass, rest = own.logsumexp(-1), log_p.masked_fill(members, -torch.inf).logsumexp(-1)
+    log_r = torch.where(members, log_p - log_mass.unsqueeze(-1), 0.0)
+    entropy = -torch.where(members, log_r.exp() * log_r, 0.0).sum(-1)
+    return [x.masked_fill(~valid, 0.0) for x in (log_mass, rest, entropy)]
+
+
+@pytest.mark.parametrize("workspace", [None, 1e-6])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("kind", ["min_p", "classes"])
+def test_statistics_of_a_set_and_their_gradients(kind, softcap, workspace):
+    """Fails if the drivers hand the kernels another set, norm or order of the sides than they mean."""
+    leaves, target, classes = _support_problem()
+    support = tightrope.MinP(0.3) if kind == "min_p" else tightrope.Classes(classes)
+    names = ("support_log_mass", "rest_log_mass", "support_entropy")
+
+    def weighted(values):
+        # -inf, of an empty set, has no gradient.
+        return sum((randn(2, 5, seed=20 + i).to(v) * v)[v.isfinite()].sum() for i, v in enumerate(values))
+
+    ours_ = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+    with checked_bounds():
+        stats = tightrope.linear_vocab_stats(
+            ours_["input"],
+            ours_["weight"],
+            target,
+            bias=ours_["bias"],
+            support=support,
+            softcap=softcap,
+            backend="triton",
+            workspace_mb=workspace,
+        )
+        actual = [getattr(stats, name) for name in names]
+        total = weighted(actual) + (stats.entropy + 0.5 * stats.target_log_prob).sum()
+        grads = torch.autograd.grad(total, list(ours_.values()))
+    exact = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
+    valid = target != -100
+    expected = _dense_support_statistics(exact, support, valid, softcap)
+    z = reference.logits(exact["input"], exact["weight"], exact["bias"], softcap=softcap)
+    whole = reference.row_stats(z, reference.dense_target(target, 75, dtype=z.dtype)[0])
+    total = weighted(expected)
+    total = total + (whole.entropy + 0.5 * whole.target_log_prob).masked_fill(~valid, 0.0).sum()
+    for name, got, want in zip(names, actual, expected):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: n + m)
+    for name, got, want in zip(exact, grads, torch.autograd.grad(total, list(exact.values()))):
+        assert_within(got, want, 1e-5, 1e-6, name)
+
+
+@both
+@pytest.mark.parametrize("support", [None, "classes"])
+def test_a_loss_of_a_set_in_both_strategies(strategy, support):
+    """Fails if a strategy leaves the set out of a gradient, or streams where only row kernels know sets."""
+    leaves, target, classes = _support_problem()
+    options = {"creativity": "support_entropy", "balance": 0.3, "strategy": strategy}
+    if support:
+        options["support"] = tightrope.Classes(classes.masked_fill(classes == -100, 3))
+    problem = Problem(leaves, target, options)
+    actual, expected = (ours(problem, backend=backend) for backend in ("triton", "eager"))
+    for name in expected:
+        assert_within(actual[name], expected[name], 1e-5, 1e-6, name)
 
 
 def test_the_interpreter_serves_only_who_asks_for_it():

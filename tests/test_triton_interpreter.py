@@ -14,10 +14,11 @@ import pytest
 from helpers import child_environment
 
 HERE = Path(__file__).parent
+MODULES = [f"test_triton_{name}.py" for name in ("rows", "sides", "stream", "api")]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("module", ["test_triton_rows.py", "test_triton_stream.py", "test_triton_api.py"])
+@pytest.mark.parametrize("module", MODULES)
 def test_in_the_interpreter(module):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / module)],

@@ -29,6 +29,7 @@ from triton_cases import (
     rounding,
     truth,
     unwritten_parts,
+    with_set,
 )
 
 # The interpreter's numpy warns where a GPU is silent: overflow, inf - inf.
@@ -61,9 +62,9 @@ def check(problem):
         backend.row_stats(logits, partial, argmax, *problem.tail)
         norm, coef = coefficients(problem, partial)
         out = torch.full_like(logits, NAN)
-        backend.row_grad(logits, out, norm, coef, *problem.tail)
+        backend.row_grad(logits, out, norm, coef, *with_set(problem.tail))
         again = logits.clone()
-        backend.row_grad(again, again, norm, coef, *problem.tail)
+        backend.row_grad(again, again, norm, coef, *with_set(problem.tail))
     assert counted["loads"] >= logits[live].numel()
     assert torch.equal(out, again), "in place differs"
     actual = named_statistics(problem, partial, argmax)
@@ -96,7 +97,7 @@ def test_finite_sentinels(kind):
         partial, argmax = new_partial(problem)
         backend.row_stats(logits, partial, argmax, *problem.tail)
         out = torch.full_like(logits, NAN)
-        backend.row_grad(logits, out, *coefficients(problem, partial), *problem.tail)
+        backend.row_grad(logits, out, *coefficients(problem, partial), *with_set(problem.tail))
         judge_sentinels(problem, partial, argmax, out)
 
 
@@ -117,7 +118,7 @@ def test_float64(kind):
     for name, value in named_statistics(problem, partial, argmax).items():
         torch.testing.assert_close(value, stats[name], rtol=1e-12, atol=1e-12)
     out = torch.full_like(logits, NAN)
-    backend.row_grad(logits, out, *coefficients(problem, partial), *problem.tail)
+    backend.row_grad(logits, out, *coefficients(problem, partial), *with_set(problem.tail))
     torch.testing.assert_close(out, grad, rtol=1e-12, atol=1e-12)
 
 
@@ -130,7 +131,7 @@ def test_half_precision_logits_and_a_narrower_output(dtype):
         partial, argmax = new_partial(problem)
         backend.row_stats(given, partial, argmax, *problem.tail)
         out = torch.full_like(logits, NAN)
-        backend.row_grad(given, out, *coefficients(problem, partial), *problem.tail)
+        backend.row_grad(given, out, *coefficients(problem, partial), *with_set(problem.tail))
         results.append((partial, argmax, out))
     for half, single in zip(*results):
         assert torch.equal(half, single)
@@ -178,7 +179,7 @@ def test_bits_depend_neither_on_the_batch_nor_on_the_run(kind):
         backend.row_stats(logits, partial, argmax, *tail)
         norm, coef = (t[:, rows].contiguous() for t in parameters)
         out = torch.full_like(logits, NAN)
-        backend.row_grad(logits, out, norm, coef, *tail)
+        backend.row_grad(logits, out, norm, coef, *with_set(tail))
         return partial, argmax, out
 
     parameters = randn(2, 6), randn(7, 6, seed=1)
@@ -228,8 +229,9 @@ def test_the_checker_sees_what_is_out_of_bounds():
     logits = torch.zeros(2, 120)[:, :100]
     with checked_bounds(), pytest.raises(Exception, match="lie in no argument") as caught:
         backend.rows.row_grad[(2, 2)](
-            *(logits, logits, torch.zeros(2, 2), torch.zeros(7, 2), None, None, None, None),
-            *(2, 110, 120, 120, 0, 0, 1.0, 0.0),
+            *(logits, logits, torch.zeros(2, 2), torch.zeros(7, 2), None, None, None, None, None),
+            *(2, 110, 120, 120, 0, 0, 0, 1.0, 0.0),
+            SET=0,
             TARGET=0,
             CAPPED=False,
             BLOCK=64,

@@ -13,13 +13,14 @@ from torch import Tensor
 from helpers import EPS32, assert_no_worse, assert_representable, class_indices, rand, randn, top_k
 from tightrope import reference
 from tightrope.coefficients import row_coefficients
-from tightrope.statistics import StatGrads, empty_partial, row_stats, summarise
+from tightrope.statistics import OF_SUPPORT, StatGrads, empty_partial, row_stats, summarise
 
 KINDS = ("none", "index", "dense", "topk")
 HOSTILE = ("plain", "peaked", "offset", "negative", "masked", "constant")
 # Masks of the lowest finite number but for two classes: alone, beside -inf, beside the largest number.
 SENTINELS = ("lowest", "lowest and -inf", "lowest and largest")
 OFFSET = 11  # of the tile in the vocabulary
+NO_SET = (None, None)
 
 # Columns of a row of 100 that make its argmax odd: the first NaN wins, then the first maximum.
 NAN, INF = float("nan"), float("inf")
@@ -61,9 +62,10 @@ class Case:
         bias, scale, cap = self.tail[5], self.tail[7], self.tail[8]
         return reference.transform(raw if bias is None else raw + bias, logit_scale=scale, softcap=cap)
 
-    def arguments(self) -> tuple:
-        """The tail with indices that count from the start of the vocabulary."""
-        return self.tail
+
+def with_set(tail, sides: tuple = NO_SET) -> tuple:
+    """The tail of a primitive that takes a set, (threshold, classes), after the offset."""
+    return tail[0], *sides, *tail[1:]
 
 
 def case(
@@ -139,8 +141,9 @@ def case(
 
 
 def upstream(rows: int, has_target: bool) -> StatGrads:
-    """An upstream gradient for every field: every coefficient of the gradient is used."""
-    names = [name for name in StatGrads._fields if has_target or not name.startswith("target_")]
+    """An upstream gradient for every field but those of a set: every coefficient is used."""
+    names = [name for name in StatGrads._fields if name not in OF_SUPPORT]
+    names = [name for name in names if has_target or not name.startswith("target_")]
     values = {name: randn(rows, seed=50 + i, dtype=torch.float64) for i, name in enumerate(names)}
     for name in ("logit_sum", "logit_square_sum"):
         values[name] = values[name] * 0.01
@@ -173,7 +176,8 @@ def summary_of(problem: Case, partial: Tensor) -> Tensor:
 
 def named_statistics(problem: Case, partial: Tensor, argmax: Tensor) -> dict[str, Tensor]:
     stats = row_stats(summary_of(problem, partial), argmax - OFFSET)._asdict()
-    return {n: v for n, v in stats.items() if problem.target is not None or not n.startswith("target_")}
+    given = {n: v for n, v in stats.items() if v is not None}
+    return {n: v for n, v in given.items() if problem.target is not None or not n.startswith("target_")}
 
 
 def coefficients(problem: Case, partial: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,8 +211,7 @@ def unwritten_parts(monkeypatch, backend) -> None:
     new_parts = backend._new_parts
 
     def unwritten(*args):
-        parts, best = new_parts(*args)
-        return parts.fill_(NAN), best.fill_(-(2**40))
+        return [part.fill_(NAN if part.is_floating_point() else -(2**40)) for part in new_parts(*args)]
 
     monkeypatch.setattr(backend, "_new_parts", unwritten)
 

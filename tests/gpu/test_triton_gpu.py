@@ -130,6 +130,44 @@ def test_autotuning_changes_no_bit(monkeypatch, width, dtype):
         assert all(torch.equal(a, b) for a, b in zip(plain, tuned))
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("kind", ["min_p", "classes"])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_a_set_of_classes_and_its_gradients(dtype, rtol, kind, softcap):
+    """Fails if compiled kernels differ from plain PyTorch in which entries are in a set, or in a side."""
+    hidden, weight, bias, target = tensors(129, 136, 9001, dtype)
+    make = torch.Generator("cuda").manual_seed(1)
+    indices = torch.randint(9001, (129, 40), device="cuda", generator=make)
+    indices[5] = -100
+    support = tightrope.MinP(0.05) if kind == "min_p" else tightrope.Classes(indices)
+
+    def run(leaves, backend):
+        stats = tightrope.linear_vocab_stats(
+            leaves[0], leaves[1], target, leaves[2], softcap=softcap, support=support, backend=backend
+        )
+        parts = (stats.support_log_mass, stats.rest_log_mass, stats.support_entropy)
+        total = sum((i + 1) * part[part.isfinite()].sum() for i, part in enumerate(parts))
+        return *parts, *torch.autograd.grad(total + stats.entropy.sum(), leaves)
+
+    actual = run((hidden, weight, bias), "triton")
+    exact = run([t.detach().double().requires_grad_() for t in (hidden, weight, bias)], "eager")
+    for i, (got, want) in enumerate(zip(actual, exact)):
+        kept = want.isfinite()
+        assert torch.equal(got[~kept].double(), want[~kept])
+        step = 2e-5 if i < 3 else rtol
+        assert (got.double() - want)[kept].norm() <= step * want[kept].norm() + 1e-5
+
+
+@pytest.mark.parametrize("kind", ["index", "topk"])
+def test_the_largest_logit_is_in_its_set(kind):
+    """Fails if kernels round a softcap unlike each other, so that a row's maximum is not its threshold."""
+    hidden, weight, bias, target = tensors(512, 136, 9001, torch.float32, kind)
+    stats = tightrope.linear_vocab_stats(
+        hidden, weight, target, bias, softcap=30.0, support=tightrope.MinP(1.0), backend="triton"
+    )
+    assert torch.isfinite(stats.support_log_mass).all()
+
+
 def test_kernels_run_on_the_device_of_their_tensors():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")

@@ -178,8 +178,9 @@ def row_grad(logits, out, norm, coef, offset, threshold, classes, *arguments) ->
     which, members, members_stride = _members(logits, offset, SideArguments(threshold, classes))
     kind, target, target_prob, target_stride = _target(tile)
     logits = _by_rows(logits)
+    block = configs.GRAD_BLOCK if members is None else configs.SET_GRAD_BLOCK
     with _writable(out) as out:
-        rows.row_grad[(count, triton.cdiv(columns, configs.GRAD_BLOCK))](
+        rows.row_grad[(count, triton.cdiv(columns, block))](
             logits,
             out,
             norm,
@@ -201,7 +202,7 @@ def row_grad(logits, out, norm, coef, offset, threshold, classes, *arguments) ->
             SET=which,
             TARGET=kind,
             CAPPED=tile.softcap is not None,
-            BLOCK=configs.GRAD_BLOCK,
+            BLOCK=block,
             num_warps=configs.ROW_WARPS,
         )
 
