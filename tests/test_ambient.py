@@ -88,25 +88,28 @@ def test_options_without_values(call, what):
         assert hidden.grad.shape == hidden.shape
 
 
+def _by_autograd(loss, leaves, upstream):
+    return torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True)
+
+
+def _by_vmap(loss, leaves, upstream):
+    return torch.func.vmap(lambda one: torch.autograd.grad(loss, leaves, one))(upstream)
+
+
+slower_than_possible = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+
+
 @every_call
-def test_batched_gradients(call):
-    """``upstream.item()`` stopped a backward of several upstream gradients at once."""
+@pytest.mark.parametrize("batched", [_by_autograd, pytest.param(_by_vmap, marks=slower_than_possible)])
+def test_batched_gradients(batched, call):
+    """``upstream.item()`` stopped a backward of several upstream gradients at once.
+
+    Those of torch.func are other tensors than those of is_grads_batched, and hold no number either.
+    """
     arguments = tensors(ignored=True)
     scales = torch.tensor([1.0, 0.0, -3.0])
-    got = torch.autograd.grad(value(call, arguments), arguments[:2], scales, is_grads_batched=True)
+    got = batched(value(call, arguments), arguments[:2], scales)
     one = torch.autograd.grad(value(call, arguments), arguments[:2])
-    for batch, single in zip(got, one):
-        torch.testing.assert_close(batch, scales.view(-1, 1, 1) * single)
-
-
-@every_call
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-def test_gradients_batched_by_vmap(call):
-    """torch.func's batches are other tensors than those of is_grads_batched, and hold no number either."""
-    arguments = tensors(ignored=True)
-    one = torch.autograd.grad(value(call, arguments), arguments[:2])
-    loss, scales = value(call, arguments), torch.tensor([1.0, 0.0, -3.0])
-    got = torch.func.vmap(lambda upstream: torch.autograd.grad(loss, arguments[:2], upstream))(scales)
     for batch, single in zip(got, one):
         torch.testing.assert_close(batch, scales.view(-1, 1, 1) * single)
 

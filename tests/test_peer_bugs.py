@@ -30,7 +30,7 @@ from helpers import (
 )
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
-pytestmark = pytest.mark.usefixtures("small_tiles")
+several_tiles = pytest.mark.usefixtures("small_tiles")
 backends = pytest.mark.parametrize("backend", BACKENDS)
 strategies = pytest.mark.parametrize("strategy", STRATEGIES)
 skipping = pytest.mark.parametrize("skip_ignored", [None, False, True])
@@ -47,6 +47,7 @@ def loss_of(problem, **options):
     return loss, leaves
 
 
+@several_tiles
 @backends
 def test_rows_have_their_own_upstream_gradient(backend):
     """Liger #488, #872, #968: under reduction "none" all rows took the first row's upstream gradient."""
@@ -67,6 +68,7 @@ def test_rows_have_their_own_upstream_gradient(backend):
         assert not gradient[torch.arange(6) != row].any()
 
 
+@several_tiles
 @backends
 @strategies
 @pytest.mark.parametrize("vocab", [1000, 1023, 1025, 2047, 2049])
@@ -82,6 +84,7 @@ def test_tail_of_the_vocabulary_is_masked(vocab, backend, strategy):
             assert_within(actual[name], exact[name], 1e-12, 1e-15, name)
 
 
+@several_tiles
 @backends
 @strategies
 def test_softcap_gives_padded_lanes_no_mass(backend, strategy):
@@ -97,6 +100,7 @@ def test_softcap_gives_padded_lanes_no_mass(backend, strategy):
     assert flat["loss"].item() == pytest.approx(torch.tensor(vocab, dtype=F64).log().item(), rel=1e-6)
 
 
+@several_tiles
 @backends
 @strategies
 @pytest.mark.parametrize("offset", [-1e2, -1e3, -1e5])
@@ -109,6 +113,7 @@ def test_all_negative_rows(offset, backend, strategy):
         assert_within(actual[name], exact[name], 1e-9 if offset == -1e5 else 1e-11, 1e-15, name)
 
 
+@several_tiles
 @backends
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 30.0])
@@ -127,6 +132,7 @@ def test_cross_entropy_is_never_negative(sharpness, dtype, backend):
     assert ((stats.collision <= 1) & (stats.target_prob <= 1)).all()
 
 
+@several_tiles
 @backends
 @strategies
 def test_bias(backend, strategy):
@@ -138,6 +144,7 @@ def test_bias(backend, strategy):
         assert_within(actual[name], exact[name], 1e-12, 1e-15, name)
 
 
+@several_tiles
 @backends
 @strategies
 def test_bfloat16_head_gradient_is_rounded_once(backend, strategy):
@@ -151,6 +158,7 @@ def test_bfloat16_head_gradient_is_rounded_once(backend, strategy):
         assert_rounded_once(actual[name], exact[name], floor, name)
 
 
+@several_tiles
 @backends
 @strategies
 def test_entropy_of_bfloat16_inputs_is_float32(backend, strategy):
@@ -165,6 +173,7 @@ def test_entropy_of_bfloat16_inputs_is_float32(backend, strategy):
     assert stats.entropy.dtype == F32
 
 
+@several_tiles
 @backends
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 @pytest.mark.parametrize("creativity", ["entropy", "collision"])
@@ -180,6 +189,7 @@ def test_entropy_under_a_common_offset(creativity, offset, backend):
     assert_no_worse(actual["input"], exact["input"], rough["input"], 1e-7, "gradient")
 
 
+@several_tiles
 @backends
 @strategies
 @skipping
@@ -200,6 +210,7 @@ def test_all_rows_ignored(reduction, skip_ignored, backend, strategy):
         assert all(not value.any() for value in actual.values())  # NaN is true
 
 
+@several_tiles
 @backends
 @strategies
 @skipping
@@ -229,6 +240,7 @@ def test_ignored_rows_do_not_leak(bad, skip_ignored, backend, strategy):
                 assert_within(actual[name], clean[name], 1e-6, 1e-7, name)
 
 
+@several_tiles
 @backends
 @strategies
 @skipping
@@ -296,6 +308,7 @@ def test_frozen_head_costs_no_gradient(backend, strategy):
         assert (largest >= head_bytes) == ("weight" not in frozen), f"frozen {frozen}: {largest} bytes"
 
 
+@several_tiles
 @backends
 @strategies
 @pytest.mark.parametrize("upstream", [1.0, 0.37])
@@ -315,6 +328,7 @@ def test_second_backward(upstream, backend, strategy):
         assert torch.equal(a, c)
 
 
+@several_tiles
 @backends
 @strategies
 def test_backward_accumulates(backend, strategy):
@@ -326,6 +340,7 @@ def test_backward_accumulates(backend, strategy):
     assert_same_bits({name: leaf.grad for name, leaf in leaves.items()}, {n: 2 * x for n, x in once.items()})
 
 
+@several_tiles
 @backends
 @strategies
 def test_loss_in_two_terms_of_one_graph(backend, strategy):
@@ -338,6 +353,7 @@ def test_loss_in_two_terms_of_one_graph(backend, strategy):
         assert_within(leaf.grad, single[name] / (5 / 8) * (2 * loss.item() + 2), 1e-12, what=name)
 
 
+@several_tiles
 @backends
 @strategies
 @pytest.mark.parametrize("weighted", [False, True])
@@ -366,6 +382,7 @@ def test_normalizer_makes_micro_batches_equal_one(weighted, backend, strategy):
     assert_within(torch.cat([p["input"] for p in parts]), whole["input"], 1e-12)
 
 
+@several_tiles
 def test_mean_of_no_rows_differs_from_torch_on_purpose():
     """`F.cross_entropy` gives NaN; the documentation says that ours gives 0."""
     hidden, weight, target = randn(2, 3), randn(4, 3), torch.full((2,), -100)

@@ -86,13 +86,14 @@ def test_strategies_and_workspaces_agree(terms, backend, request):
     problem = linear_problem(70, vocab=2500, width=16, ignored=0.3, **terms)
     problem.leaves |= {"balance": rand(70, seed=5), "row_weight": rand(70, seed=6)}
     expected = ours(problem, backend=backend, strategy="chunked")
-    for _ in range(2):
+    for fixture in (None, "small_tiles"):
+        if fixture:
+            request.getfixturevalue(fixture)
         for strategy in STRATEGIES:
             for workspace_mb in (1e-6, 0.02, 0.3, 1000):
                 actual = ours(problem, backend=backend, strategy=strategy, workspace_mb=workspace_mb)
                 assert_close(actual, expected)
         assert_close(ours(problem), expected)
-        request.getfixturevalue("small_tiles")
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])

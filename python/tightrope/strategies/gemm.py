@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .plan import ONEDNN_ROWS, ROW_MULTIPLE, power_below, row_step, spans
+from .plan import ONEDNN_ROWS, ROW_MULTIPLE, filled_rows, spans
 
 # Elements of a oneDNN product, which has no form that writes to a given output: so that what is copied out of
 # it is still in cache, and its memory is not fresh from the system each time.
@@ -76,14 +76,15 @@ def _linear(x: Tensor, weight: Tensor, out: Tensor, accumulate: bool) -> None:
 
 
 def _most_m(n: int) -> int:
-    """The most rows of a oneDNN product [m, n]."""
-    return power_below(max(_PRODUCT // n, 1))
+    """The most rows of a oneDNN product [m, n]: a power of two, so that there are few."""
+    most = max(_PRODUCT // n, 1)
+    return 1 << most.bit_length() >> 1
 
 
 def _padded(x: Tensor, dim: int) -> Tensor:
     """x with zeros after the rows that lie along dim, up to the next size that oneDNN is shown."""
     rows = x.shape[dim]
-    extra = row_step(rows) - rows
+    extra = filled_rows(rows) - rows
     if extra == 0:
         return x
     shape = list(x.shape)

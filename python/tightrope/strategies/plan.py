@@ -70,23 +70,18 @@ def sizes(device: torch.device) -> Sizes:
 def tile_width(rows: int, device: torch.device, converted: int = 0) -> int:
     """Entries of the vocabulary in a tile. With few rows the cost of a tile is that of starting on it.
 
-    One width for all numbers of rows that `row_step` makes one: few shapes go to a GEMM.
+    One width for all numbers of rows that `filled_rows` makes one: few shapes go to a GEMM.
     converted: D, where the tile of the head is converted, and its gradient rounded, which takes memory.
     """
     own = sizes(device)
     widest = min(own.widest_tile, own.tile_head // converted) if converted else own.widest_tile
-    return max(own.tile, min(own.tile_logits // max(row_step(rows), 1), widest))
+    return max(own.tile, min(own.tile_logits // max(filled_rows(rows), 1), widest))
 
 
-def row_step(rows: int) -> int:
+def filled_rows(rows: int) -> int:
     """How many rows so many are filled up to where a GEMM is to meet few shapes."""
     step = next((step for most, step in _ROW_STEPS if rows <= most), 1)
     return -(-rows // step) * step
-
-
-def power_below(x: int) -> int:
-    """The largest power of two that is not above x; 0 for 0."""
-    return 1 << x.bit_length() >> 1
 
 
 def workspace_bytes(workspace_mb: float | None, device: torch.device) -> int:
