@@ -9,7 +9,9 @@ skipped, so that a list of runs can be stopped and started again:
 
     python benchmarks/creativity/frontier.py --text kjv --steps 100 --seed 0 --seed 1
     python benchmarks/creativity/frontier.py --objective ce --objective collision-0.2 --steps 30
-    python benchmarks/creativity/frontier.py --report
+    python benchmarks/creativity/frontier.py --windows 200 --steps 400 --judge-steps 500
+
+``report.py`` makes tables and pictures of the CSV.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ OBJECTIVES: dict[str, Objective] = {
 # Of the objectives whose set is a frozen reference's: the classes that min-p of this much keeps of it.
 REFERENCE_MIN_P = {"reference-minp0.02-0.2": 0.02}
 
-KEY = ("text", "objective", "steps", "seed", "judge_steps")
+KEY = ("text", "objective", "steps", "windows", "seed", "judge_steps")
 COLUMNS = (*KEY, "train_seconds", *evaluation.Row._fields[1:])
 
 
@@ -218,29 +220,6 @@ def read(path: Path) -> dict[tuple, list[evaluation.Row]]:
     return runs
 
 
-def report(path: Path) -> None:
-    """Each run beside temperature of the plain run of its own text, steps and seed."""
-    print("| text | steps | seed | objective | entropy | cross-entropy | implausible | ratio | verdict |")
-    print("|---|---:|---:|---|---:|---:|---:|---:|---|")
-    runs = read(path)
-    for (text, name, steps, seed, judged), rows in sorted(runs.items()):
-        plain = runs.get((text, "ce", steps, seed, judged))
-        if name in ("ce", "judge") or plain is None:
-            continue
-        for c in evaluation.compare(plain + rows, "ce"):
-            beside = "", "", ""
-            if c.plain_temperature is not None:
-                beside = (
-                    f" ({c.plain_cross_entropy:.3f})",
-                    f" ({c.plain_implausible_mass:.2%})",
-                    f"{c.implausible_ratio:.2f}",
-                )
-            print(
-                f"| {text} | {steps} | {seed} | {name} | {c.entropy:.2f} | {c.cross_entropy:.3f}{beside[0]} "
-                f"| {c.implausible_mass:.2%}{beside[1]} | {beside[2]} | {c.verdict} |"
-            )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -257,13 +236,16 @@ def main() -> None:
         "--csv", type=Path, default=Path("runs/creativity/frontier.csv"), help="(%(default)s)"
     )
     parser.add_argument("--cache", type=Path, default=Path("runs/creativity"), help="(%(default)s)")
-    parser.add_argument("--report", action="store_true", help="only print the comparison of what the CSV has")
+    parser.add_argument(
+        "--windows", type=int, help="windows to train on, over and over; default as many as there are"
+    )
     args = parser.parse_args()
-    if args.report:
-        report(args.csv)
-        return
     steps_wanted, seeds = args.steps or [100], args.seed or [0]
-    if max(steps_wanted) >= args.judge_steps:
+    available = args.judge_steps * BATCH
+    windows = args.windows or available
+    if not BATCH <= windows <= available:
+        parser.error(f"--windows: got {windows}, expected {BATCH} to {available}, four times --judge-steps")
+    if min(max(steps_wanted) * BATCH, windows) >= available:
         parser.error(f"--judge-steps: got {args.judge_steps}, expected more than --steps {max(steps_wanted)}")
     done = read(args.csv)
     todo = [
@@ -271,24 +253,24 @@ def main() -> None:
         for steps in steps_wanted
         for seed in seeds
         for name in args.objective or OBJECTIVES
-        if (key := tuple(map(str, (args.text, name, steps, seed, args.judge_steps)))) not in done
+        if (key := tuple(map(str, (args.text, name, steps, windows, seed, args.judge_steps)))) not in done
     ]
     if not todo:
         print(f"{args.csv} has them all")
         return
     args.cache.mkdir(parents=True, exist_ok=True)
     args.csv.parent.mkdir(parents=True, exist_ok=True)
-    bench = prepare(args.text, args.judge_steps * BATCH, args.held_out, args.cache)
+    bench = prepare(args.text, available, args.held_out, args.cache)
     judged = judge(bench, args.text, args.judge_steps, args.cache)
     if judged:
-        key = args.text, "judge", args.judge_steps, 0, args.judge_steps
+        key = args.text, "judge", args.judge_steps, available, 0, args.judge_steps
         write(args.csv, key, 0.0, judged)
     for key in todo:
-        _, name, steps, seed, _ = key
+        _, name, steps, _, seed, _ = key
         order = torch.arange(len(bench.train[0]))
         if int(seed):
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(int(seed)))
-        seconds = bench.fit(name, int(steps), order)
+        seconds = bench.fit(name, int(steps), order[:windows])
         begin = time.perf_counter()
         rows = evaluation.sweep(name, bench.subject(), bench.held_out[0], bench.plausible, min_ps=())
         rows = list(rows)
