@@ -294,6 +294,9 @@ def test_returned_statistics():
         "target_logit",
         "target_prob",
         "target_log_prob",
+        "support_log_mass",
+        "rest_log_mass",
+        "support_entropy",
     ]
 
 
