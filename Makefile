@@ -29,7 +29,7 @@ demo: $(VENV)/.built $(VENV)/.demo-data  ## fine-tune a real model in three mode
 	$(BIN)/tightrope train
 
 test: $(VENV)/.built $(VENV)/.demo-data  ## run the tests
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses auto --dist loadfile --no-loadscope-reorder --benchmark-disable
 
 lint: $(VENV)/.dev  ## check style, formatting, and the types that users see
 	$(BIN)/ruff check .

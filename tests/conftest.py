@@ -21,6 +21,14 @@ settings.register_profile(
 settings.load_profile("tightrope")
 
 
+# Files of few tests that take minutes: first, so that two processes do not end with one of them alone.
+LONG = ("test_demo.py", "test_triton_interpreter.py", "test_large_index.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _restore_global_state():
     """No test leaves threads, seeds or the default dtype changed for the next."""
