@@ -82,6 +82,8 @@ def test_help(capsys, arguments):
         (["train", "--balance", "untrained=0.1"], "untrained"),
         (["train", "--reality", "truth"], "--reality"),
         (["train", "--creativity", "whim"], "--creativity"),
+        (["train", "--min-p", "0"], "--min-p"),
+        (["train", "--creativity", "entropy", "--min-p", "0.1"], "--min-p"),
         (["train", "--text", "/no/such/file"], "/no/such/file"),
     ],
 )
@@ -266,6 +268,15 @@ def test_other_terms_of_the_loss(capsys, tiny, text, tmp_path):
     assert (code, err) == (0, "")
     for row in read_csv(tmp_path / "steps.csv"):
         assert float(row["loss"]) == pytest.approx(float(row["reality"]), abs=1e-6)
+
+
+def test_the_set_of_the_support_entropy(capsys, tiny, text, tmp_path):
+    """A --min-p that does not arrive: of the most likely class alone the entropy is 0."""
+    arguments = small_run(tiny, text, tmp_path, **{"min-p": 1})
+    code, _, err = run(capsys, *arguments, "--balance", "0.5")
+    assert (code, err) == (0, "")
+    for row in read_csv(tmp_path / "steps.csv"):
+        assert float(row["loss"]) == pytest.approx(0.5 * float(row["reality"]), abs=1e-6)
 
 
 def test_same_seed_gives_the_same_numbers(capsys, tiny, text, tmp_path):

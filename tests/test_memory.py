@@ -83,6 +83,17 @@ def test_training_step(strategy, reduction, backend):
     assert growth < 80 < logits_mib(rows) / 3, f"grew by {growth:.0f} MiB"
 
 
+@pytest.mark.parametrize("strategy", ["chunked", "streaming"])
+def test_sets_of_classes(strategy):
+    """A mask of the logits' shape, or a second copy of them: min-p's sets, then listed ones."""
+    body = LOSS.format(options=f"creativity='support_entropy', strategy={strategy!r}, support=support")
+    lists = (
+        "for support in (tightrope.MinP(0.02), tightrope.Classes(torch.randint(V, (rows, 16)))):\n        {}"
+    )
+    growth = growth_in_child(LINEAR.format(rows=2048, body=lists.format(body.replace("\n", "\n    "))))
+    assert growth < 80 < logits_mib(2048) / 4, f"grew by {growth:.0f} MiB"
+
+
 @pytest.mark.parametrize(
     "body",
     [

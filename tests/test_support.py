@@ -162,6 +162,21 @@ def test_primitives_in_every_dtype_and_width(kind, vocab, dtype, transposed, bac
     assert_within(grad[active], exact_grad[active], rounding, rounding, "gradient")
 
 
+@everywhere
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_a_nan_stays_in_its_row(transposed, backend):
+    """Fails if rows that share a vector share a NaN, or if the row's own set goes without it."""
+    logits = randn(20, 150, seed=3) * 4
+    poisoned = logits.clone()
+    poisoned[7, ::3] = torch.nan
+    (clean, _), (summary, _) = (
+        primitives(backend, z, MinP(0.1), transposed=transposed) for z in (logits, poisoned)
+    )
+    others = torch.arange(20) != 7
+    assert torch.equal(summary[:, others], clean[:, others])
+    assert summary[-3:, 7].isnan().all()
+
+
 # The public functions.
 
 TOKENS, VOCAB, WIDTH = (3, 13), 157, 8

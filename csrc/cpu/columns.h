@@ -202,7 +202,8 @@ void column_grad(
     load_column_block(logits, stride, group, first, n, transform, z);
     for (int64_t j = 0; j < n; ++j) {
       const Vec v = Vec::loadu(z + j * kLanes);
-      const auto& form = kThreshold ? select(whole, set, v >= least) : whole;
+      Form<Vec> mixed;
+      const auto& form = kThreshold ? select(whole, set, v >= least, mixed) : whole;
       const Coefficients<Vec>& c = form.c;
       const Vec log_p = log_probability(v, form.max, form.log_sum);
       const Vec p = exponential(log_p);

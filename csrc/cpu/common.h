@@ -107,6 +107,12 @@ struct Sets {
   }
 };
 
+// Whether no lane of a comparison holds.
+template <class T>
+bool is_none(const Vectorized<T>& holds) {
+  return holds.zero_mask() == (1 << Vectorized<T>::size()) - 1;
+}
+
 // A side's sums, one in each lane.
 template <class T>
 struct SideSums : Side<Vectorized<T>> {
@@ -120,7 +126,8 @@ struct SideSums : Side<Vectorized<T>> {
   }
 };
 
-// Both sides of some entries whose maxima are known, one in each lane. least: `Sets::least`.
+// Both sides of some entries whose maxima are known, one in each lane. least: `Sets::least`. Few
+// vectors hold an entry of the set, and the others cost one side's sums.
 template <class T>
 struct SidesSums {
   using Vec = Vectorized<T>;
@@ -130,15 +137,24 @@ struct SidesSums {
   // The first pass.
   void see(Vec z, Vec least) {
     const Vec inside = z >= least, lowest(-std::numeric_limits<T>::infinity());
+    if (is_none(inside)) {
+      rest.max = at::vec::maximum(rest.max, z);
+      return;
+    }
     set.max = at::vec::maximum(set.max, Vec::blendv(lowest, z, inside));
     rest.max = at::vec::maximum(rest.max, Vec::blendv(z, lowest, inside));
   }
 
   // The second one, once the origins are set.
   void add(Vec z, Vec least) {
-    const Vec inside = z >= least, zero(T(0));
+    const Vec inside = z >= least, zero(T(0)), log_zero(static_cast<T>(kLogZero));
+    if (is_none(inside)) {
+      const Vec d = z - rest_origin;
+      rest.add(exponential(d), at::vec::maximum(d, log_zero));
+      return;
+    }
     const Vec d = z - Vec::blendv(rest_origin, set_origin, inside);
-    const Vec e = exponential(d), bounded = at::vec::maximum(d, Vec(static_cast<T>(kLogZero)));
+    const Vec e = exponential(d), bounded = at::vec::maximum(d, log_zero);
     set.add(Vec::blendv(zero, e, inside), bounded);
     rest.add(Vec::blendv(e, zero, inside), bounded);
   }
@@ -173,18 +189,20 @@ struct Form {
   }
 };
 
-// The one that `inside` says, in each lane; the terms that have no probability are the same.
+// The one that `inside` says, in each lane; the terms that have no probability are the same. Most
+// vectors are of the rest alone, so `mixed` is made only where one is not.
 template <class V>
-Form<V> select(const Form<V>& rest, const Form<V>& set, const V& inside) {
+const Form<V>& select(const Form<V>& rest, const Form<V>& set, const V& inside, Form<V>& mixed) {
+  if (is_none(inside)) return rest;
   const auto pick = [&](const V& a, const V& b) { return V::blendv(a, b, inside); };
-  Form<V> out = rest;
-  out.max = pick(rest.max, set.max);
-  out.log_sum = pick(rest.log_sum, set.log_sum);
-  out.c.prob = pick(rest.c.prob, set.c.prob);
-  out.c.prob_log_prob = pick(rest.c.prob_log_prob, set.c.prob_log_prob);
-  out.c.prob_square = pick(rest.c.prob_square, set.c.prob_square);
-  out.c.target_prob = pick(rest.c.target_prob, set.c.target_prob);
-  return out;
+  mixed = rest;
+  mixed.max = pick(rest.max, set.max);
+  mixed.log_sum = pick(rest.log_sum, set.log_sum);
+  mixed.c.prob = pick(rest.c.prob, set.c.prob);
+  mixed.c.prob_log_prob = pick(rest.c.prob_log_prob, set.c.prob_log_prob);
+  mixed.c.prob_square = pick(rest.c.prob_square, set.c.prob_square);
+  mixed.c.target_prob = pick(rest.c.target_prob, set.c.target_prob);
+  return mixed;
 }
 
 // dloss/dz of an entry of logit z, but for sparse target mass. dense: its mass, or null.

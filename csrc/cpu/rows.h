@@ -188,7 +188,9 @@ void row_grad(
         for (int64_t j = 0; j < n; j += kLanes) {
           const int64_t count = std::min(kLanes, n - j);
           const Vec v = Vec::loadu(z + j, count);
-          const auto& form = kThreshold ? select(whole_lanes, set_lanes, v >= least) : whole_lanes;
+          Form<Vec> mixed;
+          const auto& form =
+              kThreshold ? select(whole_lanes, set_lanes, v >= least, mixed) : whole_lanes;
           const Vec log_p = log_probability(v, form.max, form.log_sum);
           const Vec p = exponential(log_p);
           Vec grad = prob_gradient(p, at::vec::maximum(log_p, log_zero), form.c);

@@ -24,7 +24,7 @@ from .. import __version__
 from .bench.cases import DTYPES, LOSSES, SCENARIOS, choose
 from .errors import UserError
 
-DEFAULT_MODES = ("precise=0", "balanced=0.1", "creative=0.15")
+DEFAULT_MODES = ("precise=0", "balanced=0.1", "creative=0.2")
 BENCH_EXTRA = ("matplotlib", "psutil", "rich")
 EVALUATE_EXTRA = ("transformers", "accelerate", "gguf", "matplotlib", "nltk", "rich")
 TRAIN_EXTRA = ("transformers", "accelerate", "gguf", "matplotlib", "psutil", "rich")
@@ -122,9 +122,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     loss.add_argument(
         "--creativity",
-        choices=["entropy", "collision"],
-        default="entropy",
+        choices=["entropy", "collision", "support_entropy"],
+        default="support_entropy",
         help="the creativity term (%(default)s)",
+    )
+    loss.add_argument(
+        "--min-p",
+        type=_positive_share,
+        metavar="X",
+        help="of support_entropy: the entropy of the classes whose probability is at least X times the "
+        "largest (0.02)",
     )
     how = train.add_argument_group("how to train")
     for option, parse, default, text in (
@@ -288,6 +295,8 @@ def _info(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     modes = args.balance or [_mode(text) for text in DEFAULT_MODES]
     _refuse_repeated("--balance", "mode", ["untrained", *(name for name, _ in modes)])
+    if args.min_p is not None and args.creativity != "support_entropy":
+        raise UserError(f"--min-p: got {args.min_p:g}, expected none with --creativity {args.creativity}")
     _need("train", TRAIN_EXTRA)
     from .job import Options, run
 

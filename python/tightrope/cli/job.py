@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..support import MinP
 from . import data, model, output, probe, report, sample
 from .progress import phase, progress_bar
 from .train import Batches, Step, evaluate, train
@@ -29,6 +30,7 @@ class Options:
     out: Path
     reality: str
     creativity: str
+    min_p: float | None
     steps: int
     batch_size: int
     sequence_length: int
@@ -111,6 +113,7 @@ def _train_modes(
                         balance=balance,
                         reality=options.reality,
                         creativity=options.creativity,
+                        support=None if options.min_p is None else MinP(options.min_p),
                         steps=options.steps,
                         learning_rate=options.learning_rate,
                     ):

@@ -59,6 +59,7 @@ def train(
     balance: float,
     reality: str,
     creativity: str,
+    support: tightrope.MinP | None,
     steps: int,
     learning_rate: float,
 ) -> Iterator[Step]:
@@ -77,6 +78,7 @@ def train(
             balance=balance,
             reality=reality,
             creativity=creativity,
+            support=support,
             shift=1,
             return_stats=True,
         )
