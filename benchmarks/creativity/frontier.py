@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,59 +27,75 @@ import torch
 from torch import Tensor
 
 import tightrope
-from tightrope import MinP, evaluation
+from tightrope import evaluation
 from tightrope.cli import data, model
 from tightrope.cli.train import MAX_GRADIENT_NORM, rate_at
 
 LENGTH, BATCH, BLOCKS, LEARNING_RATE = 128, 4, 2, 3e-4
-Objective = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
-def mixed(balance: float, creativity: str = "entropy", support: object = None) -> Objective:
-    def loss(hidden, weight, target, _):
-        return tightrope.linear_reality_creativity_loss(
-            hidden, weight, target, balance=balance, creativity=creativity, support=support
+@dataclass(frozen=True)
+class Objective:
+    """What is trained on, by its name: ``ce``, or a term of creativity with its balance, such as
+    ``entropy-0.1``, ``collision-0.2`` and ``minp0.02-0.2`` (support entropy).
+
+    With min-p three more: ``gate2-minp...`` has the balance only at tokens of an entropy below 2 nats;
+    ``reference-minp...`` takes the sets of the model before training; ``...-tail0.05`` adds so much times
+    ``-support_log_mass``, which pushes what is outside of the set down.
+    """
+
+    name: str
+    term: str
+    min_p: float | None
+    balance: float
+    gate: float | None
+    reference: bool
+    tail: float
+
+    @classmethod
+    def of(cls, name: str) -> Objective:
+        pattern = (
+            r"(?:gate([\d.]+)-|(reference)-)?(entropy|collision|minp([\d.]+))-([\d.]+)(?:-tail([\d.]+))?"
+        )
+        if name == "ce":
+            return cls(name, "entropy", None, 0.0, None, False, 0.0)
+        match = re.fullmatch(pattern, name)
+        if match is None or (match[4] is None and (match[1] or match[2] or match[6])):
+            raise argparse.ArgumentTypeError(
+                f"got {name!r}, expected ce, entropy-B, collision-B, minpX-B, gateH-minpX-B, "
+                "reference-minpX-B or minpX-B-tailC"
+            )
+        gate, reference, term, min_p, balance, tail = match.groups()
+        return cls(
+            name,
+            "support_entropy" if min_p else term,
+            float(min_p) if min_p else None,
+            float(balance),
+            float(gate) if gate else None,
+            bool(reference),
+            float(tail or 0),
         )
 
-    return loss
+    def __call__(self, hidden: Tensor, weight: Tensor, target: Tensor, reference: Tensor | None) -> Tensor:
+        """The mean loss of rows; reference: the classes [rows, K] of a set that is not found anew."""
+        support = None if self.min_p is None else tightrope.MinP(self.min_p)
+        if reference is not None:
+            support = tightrope.Classes(reference)
+        if self.gate is None and not self.tail:
+            return tightrope.linear_reality_creativity_loss(
+                hidden, weight, target, balance=self.balance, creativity=self.term, support=support
+            )
+        return tightrope.linear_vocab_loss(hidden, weight, target, self.per_row, support=support)
+
+    def per_row(self, stats: tightrope.RowStats) -> Tensor:
+        b = self.balance
+        if self.gate is not None:
+            b = b * (stats.entropy.detach() < self.gate)
+        loss = -(1 - b) * stats.target_log_prob - b * stats.support_entropy
+        return loss - self.tail * stats.support_log_mass
 
 
-def gated(balance: float, x: float, below: float) -> Objective:
-    """The balance only where the model is fairly sure: at tokens of an entropy below so many nats."""
-
-    def per_row(stats):
-        b = balance * (stats.entropy.detach() < below)
-        return -(1 - b) * stats.target_log_prob - b * stats.support_entropy
-
-    return lambda hidden, weight, target, _: tightrope.linear_vocab_loss(
-        hidden, weight, target, per_row, support=MinP(x)
-    )
-
-
-def referred(balance: float) -> Objective:
-    """The set is that of the model before training, and stays that."""
-
-    def loss(hidden, weight, target, reference):
-        support = tightrope.Classes(reference)
-        return mixed(balance, "support_entropy", support)(hidden, weight, target, None)
-
-    return loss
-
-
-OBJECTIVES: dict[str, Objective] = {
-    "ce": mixed(0.0),
-    "entropy-0.1": mixed(0.1),
-    "entropy-0.15": mixed(0.15),
-    "collision-0.2": mixed(0.2, "collision"),
-    "minp0.02-0.2": mixed(0.2, "support_entropy", MinP(0.02)),
-    "minp0.05-0.24": mixed(0.24, "support_entropy", MinP(0.05)),
-    "minp0.001-0.2": mixed(0.2, "support_entropy", MinP(0.001)),
-    "gate-H<2-minp0.001-0.3": gated(0.3, 0.001, 2.0),
-    "gate-H<2-minp0.02-0.3": gated(0.3, 0.02, 2.0),
-    "reference-minp0.02-0.2": referred(0.2),
-}
-# Of the objectives whose set is a frozen reference's: the classes that min-p of this much keeps of it.
-REFERENCE_MIN_P = {"reference-minp0.02-0.2": 0.02}
+DEFAULT = ("ce", "entropy-0.1", "collision-0.2", "minp0.02-0.2", "minp0.05-0.24")
 
 KEY = ("text", "objective", "steps", "windows", "seed", "judge_steps")
 COLUMNS = (*KEY, "train_seconds", *evaluation.Row._fields[1:])
@@ -118,18 +134,18 @@ class Bench:
     def head(self) -> evaluation.Head:
         return evaluation.Head(self.tail.head.weight.detach())
 
-    def fit(self, name: str, steps: int, order: Tensor) -> float:
+    def fit(self, objective: Objective, steps: int, order: Tensor) -> float:
         """Trains from the start, over the windows in this order and over again, and returns the seconds."""
         self.tail.load_state_dict(self.start)
         batches = self.batches(order)
         batches = [batches[step % len(batches)] for step in range(steps)]
-        references = self.references(name, batches)
+        references = self.references(objective, batches)
         optimizer = torch.optim.AdamW(self.tail.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
         begin = time.perf_counter()
         for step, batch in enumerate(batches):
             hidden, target = self.rows(batch)
-            loss = OBJECTIVES[name](hidden, self.tail.head.weight, target, references[step])
+            loss = objective(hidden, self.tail.head.weight, target, references[step])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.tail.parameters(), MAX_GRADIENT_NORM)
             optimizer.step()
@@ -138,20 +154,20 @@ class Bench:
             if (step + 1) % 20 == 0 or step + 1 == steps:
                 seconds = (time.perf_counter() - begin) / (step + 1)
                 print(
-                    f"  {name}: step {step + 1}/{steps}, loss {loss.item():.3f}, {seconds:.2f} s", flush=True
+                    f"  {objective.name}: step {step + 1}/{steps}, loss {loss.item():.3f}, {seconds:.2f} s",
+                    flush=True,
                 )
         return time.perf_counter() - begin
 
     @torch.no_grad()
-    def references(self, name: str, batches: list[Tensor]) -> list[Tensor | None]:
+    def references(self, objective: Objective, batches: list[Tensor]) -> list[Tensor | None]:
         """For each batch, the classes that the untrained model keeps, [rows, K]; or None of each."""
-        x = REFERENCE_MIN_P.get(name)
-        if x is None:
+        if not objective.reference:
             return [None] * len(batches)
         sets, head = evaluation.ClassSets(), self.head()
         for batch in batches:
             parts = self.rows(batch)[0].split(head.chunk)
-            sets.append(torch.cat([evaluation.min_p_mask(head, part, x) for part in parts]))
+            sets.append(torch.cat([evaluation.min_p_mask(head, part, objective.min_p) for part in parts]))
         return list(sets.chunks())
 
     @torch.no_grad()
@@ -193,7 +209,7 @@ def judge(bench: Bench, text: str, steps: int, cache: Path) -> list[evaluation.R
         bench.plausible = torch.load(path, weights_only=False)
         return []
     print(f"{path}: training the judge for {steps} steps", flush=True)
-    bench.fit("ce", steps, torch.arange(len(bench.train[0])).flip(0))
+    bench.fit(Objective.of("ce"), steps, torch.arange(len(bench.train[0])).flip(0))
     bench.plausible = evaluation.nuclei(bench.subject(), held_out)
     rows = list(evaluation.sweep("judge", bench.subject(), held_out, bench.plausible, min_ps=()))
     save(bench.plausible, path)
@@ -225,7 +241,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--text", default="kjv", help="kjv, pydoc, or a UTF-8 file (%(default)s)")
-    parser.add_argument("--objective", action="append", choices=list(OBJECTIVES), help="repeat; default all")
+    parser.add_argument(
+        "--objective",
+        type=Objective.of,
+        action="append",
+        metavar="NAME",
+        help="such as minp0.02-0.2; repeat; default " + ", ".join(DEFAULT),
+    )
     parser.add_argument("--steps", type=int, action="append", help="optimizer steps; repeat (100)")
     parser.add_argument("--seed", type=int, action="append", help="order of the windows; repeat (0)")
     parser.add_argument("--judge-steps", type=int, default=240, help="(%(default)s)")
@@ -249,11 +271,12 @@ def main() -> None:
         parser.error(f"--judge-steps: got {args.judge_steps}, expected more than --steps {max(steps_wanted)}")
     done = read(args.csv)
     todo = [
-        key
+        (objective, key)
         for steps in steps_wanted
         for seed in seeds
-        for name in args.objective or OBJECTIVES
-        if (key := tuple(map(str, (args.text, name, steps, windows, seed, args.judge_steps)))) not in done
+        for objective in args.objective or map(Objective.of, DEFAULT)
+        if (key := tuple(map(str, (args.text, objective.name, steps, windows, seed, args.judge_steps))))
+        not in done
     ]
     if not todo:
         print(f"{args.csv} has them all")
@@ -265,12 +288,12 @@ def main() -> None:
     if judged:
         key = args.text, "judge", args.judge_steps, available, 0, args.judge_steps
         write(args.csv, key, 0.0, judged)
-    for key in todo:
+    for objective, key in todo:
         _, name, steps, _, seed, _ = key
         order = torch.arange(len(bench.train[0]))
         if int(seed):
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(int(seed)))
-        seconds = bench.fit(name, int(steps), order[:windows])
+        seconds = bench.fit(objective, int(steps), order[:windows])
         begin = time.perf_counter()
         rows = evaluation.sweep(name, bench.subject(), bench.held_out[0], bench.plausible, min_ps=())
         rows = list(rows)
