@@ -177,6 +177,25 @@ def test_a_nan_stays_in_its_row(transposed, backend):
     assert summary[-3:, 7].isnan().all()
 
 
+@everywhere
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_rows_that_are_switched_off_keep_their_sides(transposed, backend):
+    """Fails if an ignored row's statistics are merged into, which a later tile may find half done."""
+    logits, active = randn(20, 150), torch.arange(20) % 3 != 0
+    piece = logits.t().contiguous().t() if transposed else logits
+    for which in (
+        SideArguments(threshold=torch.zeros(20)),
+        SideArguments(classes=lists((20,), 150).sort(-1).values),
+    ):
+        before = rand(6, 20)
+        sides = before.clone()
+        backends.BACKENDS[backend].row_sides(
+            piece, sides, 0, *which.flat(), *TileArguments(active=active).flat()
+        )
+        assert torch.equal(sides[:, ~active], before[:, ~active])
+        assert not torch.equal(sides[:, active], before[:, active])
+
+
 # The public functions.
 
 TOKENS, VOCAB, WIDTH = (3, 13), 157, 8
