@@ -90,6 +90,24 @@ def test_what_stands_at_an_ignored_token_is_not_looked_at():
         assert torch.autograd.grad(loss, leaf)[0].isfinite().all()
 
 
+@everywhere
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_masked_classes(strategy, backend):
+    """A logit of -inf times its gradient of 0 was NaN in the gradient of the temperature."""
+    temperature = (0.5 + rand(N, seed=4, dtype=F64)).requires_grad_()
+    masked = torch.zeros(V, dtype=F64)
+    masked[5:30] = -torch.inf
+    target = class_indices((N,), 5)
+    z, (hidden, weight, bias) = dense(temperature.unsqueeze(-1))
+    exact = torch.nn.functional.cross_entropy(z + masked, target)
+    ours = tightrope.linear_reality_creativity_loss(
+        hidden, weight, target, bias + masked, temperature=temperature, strategy=strategy, backend=backend
+    )
+    leaves = (hidden, weight, temperature)
+    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(exact, leaves)):
+        assert_within(a, b, 1e-11)
+
+
 def test_importance_ratios_of_a_capped_model():
     """On-policy tokens have a ratio of 1: the sampler's log-probabilities are these."""
     hidden, weight = randn(60, 64) * 2, randn(301, 64, seed=1)
