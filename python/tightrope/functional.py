@@ -112,10 +112,10 @@ def linear_reality_creativity_loss(
     where reality is ``"cross_entropy"`` or ``"squared_error"`` (half the squared distance of p to the
     target) and creativity is ``"entropy"`` (-H, in nats), ``"collision"`` (log of sum p^2) or
     ``"support_entropy"`` (the negative entropy of p within the set ``support``, renormalised). The best model
-    of ``"entropy"`` gives every class of the vocabulary the same floor, ``exp(-H - (1 - balance) / balance)``;
-    with V 49152 and a balance of 0.15 that is half of its mass even where the answer is certain. The others
-    leave impossible classes alone (docs/mathematics.md). The defaults are
-    ``F.cross_entropy(input @ weight.T, target)``. After Sinha, Song and Zhou (arXiv 2306.02295).
+    of ``"entropy"`` gives every class of the vocabulary the same floor,
+    ``exp(-H - (1 - balance) / balance)``: at V 49152 and a balance of 0.15 that is half of its mass even
+    where the answer is certain. The others leave impossible classes alone (docs/mathematics.md). The defaults
+    are ``F.cross_entropy(input @ weight.T, target)``. After Sinha, Song and Zhou (arXiv 2306.02295).
 
     Numbers may be numpy's, or tensors of one element; those that are read wait for their device.
 
