@@ -10,8 +10,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import torch
 
 from helpers import randn
+from tightrope.arguments import TileArguments
 from tightrope.backends import triton as backend
 from tightrope.kernels import configs
+from tightrope.statistics import empty_partial
 from triton_bounds import OutOfBounds, checked_bounds
 from triton_cases import (
     HOSTILE,
@@ -212,6 +214,18 @@ def test_argmax_is_that_of_torch(odd):
         backend.row_stats(logits, partial, argmax, *tail)
 
     check_argmax(stats, odd)
+
+
+@pytest.mark.parametrize(("dtype", "units"), [(torch.float32, 3), (torch.float64, 30)])
+def test_softcap_is_exact_near_zero_too(dtype, units):
+    """A lost term of the series, or 1 - e^-2x where it cancels. Of a row of one logit the maximum is that."""
+    u = torch.cat([torch.logspace(-6, 1, 60, dtype=dtype), torch.linspace(0.005, 0.3, 60, dtype=dtype)])
+    u = torch.cat([u, -u]).unsqueeze(1)
+    partial, argmax = empty_partial(len(u), dtype, u.device)
+    backend.row_stats(u, partial, argmax, 0, *TileArguments(softcap=1.0).flat())
+    exact = u[:, 0].double().tanh()
+    worst = ((partial[0].double() - exact) / exact).abs().max().item()
+    assert worst < units * torch.finfo(dtype).eps / 2
 
 
 def test_a_class_out_of_range_makes_its_row_nan():
