@@ -9,14 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 from tightrope import __version__
 from tightrope.cli.errors import UserError
-from tiny_models import TEXT, TRAIN_EXTRA, assert_one_line, read_csv, run, save_tiny
+from tiny_models import TEXT, TRAIN_EXTRA, assert_one_line, read_csv, run, run_until, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -297,26 +296,9 @@ def test_same_seed_gives_the_same_numbers(capsys, tiny, text, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_leave_what_was_written(tiny, text, tmp_path, number, code):
     """A traceback; a silent end; a line that names files that are not there."""
-    arguments = [str(a) for a in small_run(tiny, text, tmp_path, steps=1_000_000)]
-    # A parent that ignores SIGINT, as shells make of background jobs, hands that down; undo it.
-    program = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from tightrope.cli import main; sys.exit(main())"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
     log = tmp_path / "steps.csv"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 5):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code
+    ended, err = run_until(log, number, *small_run(tiny, text, tmp_path, steps=1_000_000))
+    assert ended == code
     assert re.fullmatch(r"tightrope: (interrupted|terminated); written to (.*) so far: (.*)\n", err), err
     assert str(tmp_path) in err
     files = err.strip().split(": ")[-1].split(", ")

@@ -6,15 +6,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 
 from tightrope import evaluation
-from tiny_models import TEXT, assert_one_line, make_model, read_csv, run, save_tiny
+from tiny_models import TEXT, assert_one_line, make_model, read_csv, run, run_until, save_tiny
 
 for package in ("transformers", "tokenizers", "accelerate", "gguf", "matplotlib", "rich", "nltk"):
     if importlib.util.find_spec(package) is None:
@@ -274,26 +271,9 @@ def test_a_full_disk_is_one_line(capsys, monkeypatch, models, text, tmp_path, na
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_leave_what_was_written(models, text, tmp_path, number, code):
     temperatures = [x for i in range(5000) for x in ("--temperature", 1 + i / 5000)]
-    arguments = [str(a) for a in command(models, text, tmp_path, *temperatures)]
-    # A parent that ignores SIGINT, as shells make of background jobs, hands that down; undo it.
-    program = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from tightrope.cli import main; sys.exit(main())"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
     log = tmp_path / "evaluate.csv"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 5):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code
+    ended, err = run_until(log, number, *command(models, text, tmp_path, *temperatures))
+    assert ended == code
     assert re.fullmatch(
         r"tightrope: (interrupted|terminated); written to (.*) so far: evaluate\.csv\n", err
     ), err

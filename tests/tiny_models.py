@@ -1,6 +1,9 @@
-"""Tiny models in folders, and the command run in this process: what the tests of the command share."""
+"""Tiny models in folders, and the command, run in this process or another: what its tests share."""
 
 import csv
+import subprocess
+import sys
+import time
 
 import torch
 
@@ -18,6 +21,28 @@ def run(capsys, *arguments):
         code = end.code
     out, err = capsys.readouterr()
     return code, out, err
+
+
+def run_until(log, number, *arguments):
+    """The command in a process of its own, sent a signal once log has six lines; (exit code, stderr)."""
+    # A parent that ignores SIGINT, as shells make of background jobs, hands that down; undo it.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from tightrope.cli import main; sys.exit(main())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 5):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
 
 
 def assert_one_line(result, *words):
