@@ -24,9 +24,8 @@ from ..kernels import configs, rows, stream
 from .ops import in_set
 
 INTERPRETED = not isinstance(rows.row_stats, triton.JITFunction)
-# Kinds of target and of sets, by the numbers of kernels/arithmetic.py.
+# Kinds of target, by the numbers of kernels/arithmetic.py.
 KINDS = ("none", "index", "dense", "topk")
-SETS = ("none", "threshold", "listed")
 # The parts of stream_stats that exist at a time, in bytes.
 _PARTS_BYTES = 2**26
 

@@ -172,7 +172,7 @@ def _fused(
         multiply(hidden, problem.head(*tile).t(), logits[:, tile[0] : tile[1]], rows="m")
     partial, argmax = problem.new_partial(chunk.size)
     gradient = problem.row_loss_grad(logits, partial, argmax, ahead, chunk)
-    return problem.summarise(partial, None, chunk), argmax, (gradient[:, start:stop] for start, stop in tiles)
+    return problem.summarise(partial, chunk), argmax, (gradient[:, start:stop] for start, stop in tiles)
 
 
 def chunk_statistics(
@@ -180,18 +180,15 @@ def chunk_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Fill the memory with a chunk's logits, tile by tile; gives summary [SUMMARY, n] and argmax [n]."""
     partial, argmax = problem.new_partial(chunk.size)
-    for tile in problem.tiles(chunk.size):
+    tiles = problem.tiles(chunk.size)
+    for tile in tiles:
         part = memory[chunk.size * tile[0] :]
         raw = problem.raw_logits(hidden, problem.head(*tile), part, chunk, tile)
         problem.row_stats(raw, partial, argmax, chunk, tile)
-    sides = None
-    if chunk.sets is not None:
-        # Once more over the logits, since a set may be named by the maximum of the row.
-        sides, which = problem.new_sides(chunk), chunk.sets.sides(partial[0])
-        for tile in problem.tiles(chunk.size):
-            raw = problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0])
-            problem.row_sides(raw, sides, which, chunk, tile)
-    return problem.summarise(partial, sides, chunk), argmax
+    again = (
+        (problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0]), tile) for tile in tiles
+    )
+    return problem.summarise(partial, chunk, again), argmax
 
 
 def chunk_gradients(

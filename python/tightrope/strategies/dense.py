@@ -31,11 +31,7 @@ def statistics(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
         tile = (0, problem.vocab_size)
         scored = problem.tempered(logits, chunk, tile)
         problem.row_stats(scored, partial, best, chunk, tile)
-        sides = None
-        if chunk.sets is not None:
-            sides = problem.new_sides(chunk)
-            problem.row_sides(scored, sides, chunk.sets.sides(partial[0]), chunk, tile)
-        summary[:, chunk.where] = problem.summarise(partial, sides, chunk)
+        summary[:, chunk.where] = problem.summarise(partial, chunk, [(scored, tile)])
         argmax[chunk.where] = best
     return summary, argmax
 

@@ -7,6 +7,7 @@ the logits, and without native instructions it runs hundreds of times slower tha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -83,8 +84,16 @@ class Form:
     to_temperature: Tensor | None  # [n]: the gradient of temperatures, which is added to
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Scored:
     """What the two kinds of problem share: a chunk's targets and statistics, and what row kernels take."""
+
+    target: Target
+    rows: Rows
+    transform: Transform
+    sets: RowSets | None
+    temperature: Tensor | None  # [N]
+    backend: Backend
 
     def chunk(self, start: int, stop: int) -> Chunk:
         """Rows start:stop of those that are worked on."""
@@ -150,6 +159,13 @@ class _Scored:
         arguments = self.tile_arguments(chunk, tile)
         self.backend.row_sides(raw, sides, tile[0], *which.flat(), *arguments)
 
+    def scored_grad(
+        self, scored: Tensor, out: Tensor, form: Form, chunk: Chunk, tile: tuple[int, int]
+    ) -> None:
+        """Write the gradient with respect to what the row primitives take to out, which it may be."""
+        arguments = self.tile_arguments(chunk, tile)
+        self.backend.row_grad(scored, out, form.norm, form.coef, tile[0], *form.sides.flat(), *arguments)
+
     def new_partial(self, rows: int) -> tuple[Tensor, Tensor]:
         return empty_partial(rows, self.dtype, self.device)
 
@@ -168,10 +184,19 @@ class _Scored:
         norm = summary[len(SUMMARY) :][:4].contiguous()
         return Form(norm, coef, chunk.sets.sides(summary[0]), to_temperature)
 
-    def summarise(self, partial: Tensor, sides: Tensor | None, chunk: Chunk) -> Tensor:
-        """Statistics of a chunk to its summary; zeros for rows that do not count."""
+    def summarise(
+        self, partial: Tensor, chunk: Chunk, again: Iterable[tuple[Tensor, tuple[int, int]]] = ()
+    ) -> Tensor:
+        """Statistics of a chunk to its summary; zeros for rows that do not count.
+
+        again: what row_stats was given, tile by tile, and the tiles. Taken only where there is a set, which
+        may be named by the maximum of the row.
+        """
         summary = summarise(partial, target_must_occur=chunk.target.index is not None)
-        if sides is not None:
+        if chunk.sets is not None:
+            sides, which = self.new_sides(chunk), chunk.sets.sides(partial[0])
+            for raw, tile in again:
+                self.row_sides(raw, sides, which, chunk, tile)
             summary = torch.cat([summary, summarise_sides(sides)])
         return summary if chunk.active is None else summary.masked_fill(~chunk.active, 0.0)
 
@@ -183,12 +208,6 @@ class LinearProblem(_Scored):
     input: Tensor
     weight: Tensor
     bias: Tensor | None
-    target: Target
-    rows: Rows
-    transform: Transform
-    sets: RowSets | None
-    temperature: Tensor | None  # [N]
-    backend: Backend
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -256,8 +275,7 @@ class LinearProblem(_Scored):
         z = None if chunk.temperature is None else raw.clone()
         narrow = self.operand != raw.dtype and self.backend.narrows and z is None
         out = torch.empty_like(raw, dtype=self.operand) if narrow else raw
-        arguments = self.tile_arguments(chunk, tile)
-        self.backend.row_grad(raw, out, form.norm, form.coef, tile[0], *form.sides.flat(), *arguments)
+        self.scored_grad(raw, out, form, chunk, tile)
         if z is not None:
             out = self.cooled(z, out, chunk, form.to_temperature)
         return out.to(self.operand)
@@ -308,12 +326,6 @@ class LogitsProblem(_Scored):
     """Logits [N, V] and a target for each row. Ignored rows are masked, which costs no GEMM."""
 
     logits: Tensor
-    target: Target
-    rows: Rows
-    transform: Transform
-    sets: RowSets | None
-    temperature: Tensor | None  # [N]
-    backend: Backend
 
     @property
     def dtype(self) -> torch.dtype:
@@ -332,8 +344,7 @@ class LogitsProblem(_Scored):
         tile = (0, self.vocab_size)
         scored = self.tempered(logits, chunk, tile)
         grad = out if scored is logits else torch.empty_like(scored)
-        arguments = self.tile_arguments(chunk, tile)
-        self.backend.row_grad(scored, grad, form.norm, form.coef, 0, *form.sides.flat(), *arguments)
+        self.scored_grad(scored, grad, form, chunk, tile)
         if grad is not out:
             out.copy_(self.cooled(scored, grad, chunk, form.to_temperature))
 

@@ -74,14 +74,11 @@ def statistics(problem: LinearProblem, workspace: int) -> tuple[Tensor, Tensor]:
                     continue
                 raw = problem.raw_logits(hidden, problem.head(*tile), flat, chunk, tile)
                 problem.row_stats(raw, partial, best, chunk, tile)
-            sides = None
-            if chunk.sets is not None:
-                # The logits are made again, since a set may be named by the maximum of the row.
-                sides, which = problem.new_sides(chunk), chunk.sets.sides(partial[0])
-                for tile in tiles:
-                    raw = problem.raw_logits(hidden, problem.head(*tile), flat, chunk, tile)
-                    problem.row_sides(raw, sides, which, chunk, tile)
-            summary[:, chunk.where] = problem.summarise(partial, sides, chunk)
+            # The logits are gone by then, and made once more.
+            again = (
+                (problem.raw_logits(hidden, problem.head(*tile), flat, chunk, tile), tile) for tile in tiles
+            )
+            summary[:, chunk.where] = problem.summarise(partial, chunk, again)
             argmax[chunk.where] = best
     return summary, argmax
 
