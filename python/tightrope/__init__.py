@@ -1,5 +1,6 @@
 """Tightrope: the reality-creativity loss at large vocabularies, without the logits in memory."""
 
+from .distributed.layout import VocabParallel
 from .functional import (
     linear_reality_creativity_loss,
     linear_vocab_loss,
@@ -23,6 +24,7 @@ __all__ = [
     "RealityCreativityLoss",
     "RowStats",
     "TopKTarget",
+    "VocabParallel",
     "linear_reality_creativity_loss",
     "linear_vocab_loss",
     "linear_vocab_stats",

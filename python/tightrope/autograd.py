@@ -17,6 +17,7 @@ from torch.autograd import Function
 from .ambient import has_values, may_read
 from .arguments import Arguments, LinearArguments, LogitsArguments
 from .coefficients import row_coefficients
+from .distributed.ops import same_on_ranks
 from .losses import RealityCreativity
 from .statistics import FLOATING, RowStats, StatGrads, row_stats
 from .strategies import ops, own
@@ -112,7 +113,7 @@ class LinearVocabStats(Function):
     def backward(ctx, *grads):
         summary, input, weight, bias, *tensors = ctx.saved_tensors
         arguments = LinearArguments.join(tensors, ctx.others)
-        coef = row_coefficients(summary, _stat_grads(grads), weight.shape[0])
+        coef = row_coefficients(summary, _stat_grads(grads), arguments.vocab_size(weight.shape[0]))
         needed = (*ctx.needs_input_grad[:3], _temperature_needed(ctx, 3, LinearArguments))
         gradients = ops.linear_stats_backward(summary, coef, Needs(*needed), input, weight, bias, arguments)
         *to_head, to_temperature = _wanted(gradients, needed)
@@ -137,7 +138,7 @@ class LogitsVocabStats(Function):
     def backward(ctx, *grads):
         summary, logits, *tensors = ctx.saved_tensors
         arguments = LogitsArguments.join(tensors, ctx.others)
-        coef = row_coefficients(summary, _stat_grads(grads), logits.shape[1])
+        coef = row_coefficients(summary, _stat_grads(grads), arguments.vocab_size(logits.shape[1]))
         needed = (ctx.needs_input_grad[0], _temperature_needed(ctx, 1, LogitsArguments))
         gradients = ops.logits_stats_backward(summary, coef, needed[1], logits, arguments)
         to_logits, to_temperature = _wanted(gradients, needed)
@@ -169,6 +170,7 @@ class ChunkedLoss(Function):
         sources = (row_scale, balance, input, weight, bias, arguments.temperature)
         ctx.save_for_backward(row_loss, to_balance, *_wanted(gradients, needed), *sources)
         ctx.dtypes = [None if t is None else t.dtype for t in sources]
+        ctx.shared_by = arguments.group if arguments.sharded else None
         ctx.mark_non_differentiable(summary, argmax)
         return (row_scale * row_loss).sum(), summary, argmax
 
@@ -177,6 +179,8 @@ class ChunkedLoss(Function):
     def backward(ctx, upstream, *_):
         needs = ctx.needs_input_grad
         needed = (*needs[:2], *needs[4:7], _temperature_needed(ctx, 7, LinearArguments))
+        if ctx.shared_by is not None:
+            upstream = same_on_ranks(upstream, ctx.shared_by)
         scaled = _scale(_wanted(ctx.saved_tensors, needed), ctx.dtypes, upstream)
         return *scaled[:2], None, None, *scaled[2:5], *_of_group(scaled[5], LinearArguments)
 
@@ -199,6 +203,7 @@ class OwnChunkedLoss(Function):
         sources = (row_scale, input, weight, bias, temperature, *row_args)
         ctx.save_for_backward(record.row_loss, *gradients.flat(), *to_args, *sources)
         ctx.dtypes = [None if t is None else t.dtype for t in sources]
+        ctx.shared_by = arguments.group if arguments.sharded else None
         ctx.mark_non_differentiable(record.summary, record.argmax)
         return (row_scale * record.row_loss).sum(), record.summary, record.argmax
 
@@ -207,6 +212,8 @@ class OwnChunkedLoss(Function):
     def backward(ctx, upstream, *_):
         needs = ctx.needs_input_grad
         needed = (*needs[1:6], *needs[7:])
+        if ctx.shared_by is not None:
+            upstream = same_on_ranks(upstream, ctx.shared_by)
         scaled = _scale(_wanted(ctx.saved_tensors, needed), ctx.dtypes, upstream)
         return None, *scaled[:5], None, *scaled[5:]
 

@@ -16,7 +16,19 @@ from torch import Tensor
 from . import tokens as _tokens
 from . import validation
 from .autograd import ChunkedLoss, LinearVocabStats, OwnChunkedLoss
-from .prepare import Scores, Space, choose_strategy, linear_arguments, rows_of, target_square, weighted_rows
+from .distributed.joint import joint
+from .distributed.layout import VocabParallel
+from .prepare import (
+    Scores,
+    Space,
+    choose_strategy,
+    gradients_of,
+    linear_arguments,
+    rows_of,
+    settled,
+    target_square,
+    weighted_rows,
+)
 from .statistics import RowStats, row_stats
 from .strategies.own import evaluate
 from .support import Classes, MinP
@@ -74,6 +86,7 @@ def linear_reality_creativity_loss(
 ) -> Tensor | tuple[Tensor, RowStats]: ...
 
 
+@joint
 def linear_reality_creativity_loss(
     input: Tensor,
     weight: Tensor,
@@ -101,6 +114,7 @@ def linear_reality_creativity_loss(
     workspace_mb: Number | None = None,
     backend: BackendName | None = None,
     strategy: Strategy | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> Tensor | tuple[Tensor, RowStats]:
     """Reality-creativity loss of hidden states under a vocabulary head, without the logits in memory.
 
@@ -175,7 +189,7 @@ def linear_reality_creativity_loss(
         IndexError: a class outside [0, V) that is not ignore_index. On a GPU that is not looked at (the loss
             of such a token is NaN) unless TIGHTROPE_DEBUG=1.
     """
-    space = Space.of_head(input, weight, bias)
+    space = Space.of_head(input, weight, bias, vocab_parallel)
     family = validation.loss_terms(
         space.vocab_size, reality, creativity, label_smoothing, z_loss, logit_l2, space.dtype
     )
@@ -202,7 +216,6 @@ def linear_reality_creativity_loss(
         reduction=reduction,
         normalizer=normalizer,
     )
-    square = target_square(space, target, family, ignore_index, shift)
     arguments = linear_arguments(
         scores,
         rows.target,
@@ -211,6 +224,15 @@ def linear_reality_creativity_loss(
         backend=backend,
         strategy=strategy,
     )
+    arguments = settled(
+        arguments,
+        space,
+        loss=family,
+        reduction=reduction,
+        strategy=strategy,
+        **gradients_of(input, weight, bias),
+    )
+    square = target_square(space, target, family, ignore_index, shift)
     scores.check_balance(family, balance)
     balances, hidden = rows.flatten(balance), space.rows()
     if choose_strategy(arguments, space, strategy, reduction, hidden, weight, bias) == "chunked":
@@ -224,6 +246,7 @@ def linear_reality_creativity_loss(
     return (loss, rows.shaped(stats)) if return_stats else loss
 
 
+@joint
 def linear_vocab_stats(
     input: Tensor,
     weight: Tensor,
@@ -239,6 +262,7 @@ def linear_vocab_stats(
     skip_ignored: bool | None = None,
     workspace_mb: Number | None = None,
     backend: BackendName | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> RowStats:
     """Statistics of each token's logits, differentiable in every floating field, in little memory.
 
@@ -257,7 +281,7 @@ def linear_vocab_stats(
     Raises:
         TypeError, ValueError, IndexError: as :func:`linear_reality_creativity_loss`.
     """
-    space = Space.of_head(input, weight, bias)
+    space = Space.of_head(input, weight, bias, vocab_parallel)
     scores = Scores.of(
         space,
         logit_scale=logit_scale,
@@ -271,6 +295,7 @@ def linear_vocab_stats(
     arguments = linear_arguments(
         scores, flat, skip_ignored=skip_ignored, workspace_mb=workspace_mb, backend=backend
     )
+    arguments = settled(arguments, space, **gradients_of(input, weight, bias))
     stats = LinearVocabStats.apply(space.rows(), weight, bias, *arguments.flat())
     return _tokens.unflatten(RowStats(*stats), space.tokens, target is not None)
 
@@ -314,6 +339,7 @@ def linear_vocab_loss(
 ) -> Tensor | tuple[Tensor, RowStats]: ...
 
 
+@joint
 def linear_vocab_loss(
     input: Tensor,
     weight: Tensor,
@@ -336,6 +362,7 @@ def linear_vocab_loss(
     workspace_mb: Number | None = None,
     backend: BackendName | None = None,
     strategy: Strategy | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> Tensor | tuple[Tensor, RowStats]:
     """A loss of your own, of the row statistics, at the speed and memory of the built-in ones.
 
@@ -359,7 +386,7 @@ def linear_vocab_loss(
             not return one loss a row, or, in the chunked strategy, depends on a tensor that requires grad
             and is not in row_args.
     """
-    space = Space.of_head(input, weight, bias)
+    space = Space.of_head(input, weight, bias, vocab_parallel)
     scores = Scores.of(
         space,
         logit_scale=logit_scale,
@@ -388,6 +415,9 @@ def linear_vocab_loss(
         workspace_mb=workspace_mb,
         backend=backend,
         strategy=strategy,
+    )
+    arguments = settled(
+        arguments, space, reduction=reduction, strategy=strategy, **gradients_of(input, weight, bias)
     )
     args, hidden = rows.flatten_args(row_args), space.rows()
     chosen = choose_strategy(arguments, space, strategy, reduction, hidden, weight, bias)

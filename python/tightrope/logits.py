@@ -15,7 +15,9 @@ from . import tokens as _tokens
 from . import validation
 from .arguments import LogitsArguments
 from .autograd import LogitsVocabStats
-from .prepare import Scores, Space, rows_of, target_square, weighted_rows
+from .distributed.joint import joint
+from .distributed.layout import VocabParallel
+from .prepare import Scores, Space, rows_of, settled, target_square, weighted_rows
 from .statistics import RowStats
 from .strategies.own import evaluate
 from .support import Classes, MinP
@@ -67,6 +69,7 @@ def reality_creativity_loss(
 ) -> Tensor | tuple[Tensor, RowStats]: ...
 
 
+@joint
 def reality_creativity_loss(
     logits: Tensor,
     target: Tensor | TopKTarget,
@@ -89,6 +92,7 @@ def reality_creativity_loss(
     shift: Integer = 0,
     return_stats: bool = False,
     backend: BackendName | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> Tensor | tuple[Tensor, RowStats]:
     """:func:`linear_reality_creativity_loss` of logits that exist already.
 
@@ -104,7 +108,7 @@ def reality_creativity_loss(
     Raises:
         TypeError, ValueError, IndexError: as :func:`linear_reality_creativity_loss`.
     """
-    space = Space.of_logits(logits)
+    space = Space.of_logits(logits, vocab_parallel)
     family = validation.loss_terms(
         space.vocab_size, reality, creativity, label_smoothing, z_loss, logit_l2, space.dtype
     )
@@ -131,13 +135,14 @@ def reality_creativity_loss(
         reduction=reduction,
         normalizer=normalizer,
     )
+    stats = _statistics(scores, rows.target, backend, loss=family, reduction=reduction)
     square = target_square(space, target, family, ignore_index, shift)
     scores.check_balance(family, balance)
-    stats = _statistics(scores, rows.target, backend)
     loss = rows.reduce(family(stats, rows.flatten(balance), square))
     return (loss, rows.shaped(stats)) if return_stats else loss
 
 
+@joint
 def vocab_stats(
     logits: Tensor,
     target: Tensor | TopKTarget | None = None,
@@ -149,6 +154,7 @@ def vocab_stats(
     support: MinP | Classes | None = None,
     shift: Integer = 0,
     backend: BackendName | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> RowStats:
     """:func:`linear_vocab_stats` of logits that exist already: one sweep over them, and one backward.
 
@@ -162,7 +168,7 @@ def vocab_stats(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as :func:`linear_reality_creativity_loss`.
     """
-    space = Space.of_logits(logits)
+    space = Space.of_logits(logits, vocab_parallel)
     scores = Scores.of(
         space,
         logit_scale=logit_scale,
@@ -210,6 +216,7 @@ def vocab_loss(
 ) -> Tensor | tuple[Tensor, RowStats]: ...
 
 
+@joint
 def vocab_loss(
     logits: Tensor,
     target: Tensor | TopKTarget | None,
@@ -227,6 +234,7 @@ def vocab_loss(
     shift: Integer = 0,
     return_stats: bool = False,
     backend: BackendName | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> Tensor | tuple[Tensor, RowStats]:
     """:func:`linear_vocab_loss` of logits that exist already.
 
@@ -241,7 +249,7 @@ def vocab_loss(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as :func:`linear_vocab_loss`.
     """
-    space = Space.of_logits(logits)
+    space = Space.of_logits(logits, vocab_parallel)
     scores = Scores.of(
         space,
         logit_scale=logit_scale,
@@ -263,12 +271,14 @@ def vocab_loss(
         normalizer=normalizer,
         target_required=False,
     )
-    stats = _statistics(scores, rows.target, backend)
+    stats = _statistics(scores, rows.target, backend, reduction=reduction)
     loss = rows.reduce(evaluate(loss_fn, stats, rows.flatten_args(row_args), target is not None))
     return (loss, rows.shaped(stats, target is not None)) if return_stats else loss
 
 
-def _statistics(scores: Scores, target: TokenTarget, backend: str | None) -> RowStats:
+def _statistics(scores: Scores, target: TokenTarget, backend: str | None, **alike: object) -> RowStats:
+    """alike: what ranks that hold the vocabulary together must have alike."""
     validation.run_options(backend)
     arguments = LogitsArguments(**scores.arguments(target), backend=backend)
+    arguments = settled(arguments, scores.space, **alike)
     return RowStats(*LogitsVocabStats.apply(scores.space.rows(), *arguments.flat()))

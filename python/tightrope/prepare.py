@@ -9,20 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from . import tokens as _tokens
 from . import validation
-from .ambient import may_read, refuse_transforms
-from .arguments import LinearArguments, SetArguments, TokenTarget, Transform
+from .ambient import has_values, may_read, refuse_transforms
+from .arguments import LinearArguments, LogitsArguments, SetArguments, TokenTarget, Transform
+from .distributed.layout import Agreement
 from .losses import RealityCreativity, warn_beyond_cliff
 from .statistics import RowStats
 from .strategies import plan
 from .strategies.problem import arithmetic_dtype
-from .support import DEFAULT, Classes, MinP
+from .support import DEFAULT, Classes, MinP, RowSets
 from .targets import Target, TopKTarget
+
+_Arguments = TypeVar("_Arguments", bound=LogitsArguments)
 
 
 @dataclass(frozen=True)
@@ -33,20 +37,33 @@ class Space:
     like: Tensor  # that argument
     tokens: torch.Size
     vocab_size: int
+    here: int  # entries of the vocabulary that are here, padding included
     dtype: torch.dtype  # of the arithmetic
+    ranks: Agreement | None = None  # that hold the vocabulary together
 
     @classmethod
-    def of_head(cls, input: Tensor, weight: Tensor, bias: Tensor | None) -> Space:
-        validation.head(input, weight, bias)
+    def of_head(
+        cls, input: Tensor, weight: Tensor, bias: Tensor | None, ranks: Agreement | None = None
+    ) -> Space:
+        validation.head(input, weight, bias, least=0 if ranks else 1)
         refuse_transforms(input, weight, bias)
-        dtype = arithmetic_dtype(input, weight, bias)
-        return cls("input", input, input.shape[:-1], weight.shape[0], dtype)
+        dtype, here = arithmetic_dtype(input, weight, bias), weight.shape[0]
+        vocab_size = here if ranks is None else ranks.layout(here)
+        return cls("input", input, input.shape[:-1], vocab_size, here, dtype, ranks)
 
     @classmethod
-    def of_logits(cls, logits: Tensor) -> Space:
-        validation.logits(logits)
+    def of_logits(cls, logits: Tensor, ranks: Agreement | None = None) -> Space:
+        validation.logits(logits, least=0 if ranks else 1)
         refuse_transforms(logits)
-        return cls("logits", logits, logits.shape[:-1], logits.shape[-1], arithmetic_dtype(logits))
+        here = logits.shape[-1]
+        if ranks is not None and ranks.sharded:
+            raise ValueError(
+                'vocab_parallel: got rows="sharded" with logits, expected rows="replicated": whose logits are '
+                "here are the tokens that are here"
+            )
+        vocab_size = here if ranks is None else ranks.layout(here)
+        dtype = arithmetic_dtype(logits)
+        return cls("logits", logits, logits.shape[:-1], vocab_size, here, dtype, ranks)
 
     @property
     def device(self) -> torch.device:
@@ -61,9 +78,17 @@ class Space:
     ) -> TokenTarget:
         """Rows of a target, checked."""
         if target is not None or required:
-            validation.target(target, self.tokens, self.vocab_size, self.device, self.owner)
+            # A distribution has the classes that are here; tokens that no other rank has, all of them.
+            whole = self.ranks is not None and self.ranks.sharded
+            width = self.vocab_size if whole else self.here
+            validation.target(target, self.tokens, width, self.device, self.owner)
         ignore_index = validation.ignore_index(ignore_index, target)
         shift = validation.shift(shift, self.tokens)
+        if shift and self.ranks is not None and self.ranks.sharded:
+            raise ValueError(
+                f'shift: got {shift} with rows="sharded", expected 0: where a sequence is cut over ranks the '
+                "label of the last token is on another; shift the targets before they are cut"
+            )
         return _tokens.flatten_target(target, self.tokens, ignore_index, shift, self.device)
 
 
@@ -225,7 +250,39 @@ def target_square(
         return None
     ignore_index, shift = validation.integer("ignore_index", ignore_index), validation.integer("shift", shift)
     smoothing = family.label_smoothing
-    return _tokens.target_square(target, space.vocab_size, ignore_index, shift, smoothing, space.dtype)
+    over_ranks = None
+    if space.ranks is not None and not space.ranks.sharded:
+        over_ranks = space.ranks.sum_of_columns
+    return _tokens.target_square(
+        target, space.vocab_size, ignore_index, shift, smoothing, space.dtype, over_ranks
+    )
+
+
+def settled(arguments: _Arguments, space: Space, **options: object) -> _Arguments:
+    """The arguments, agreed on by the ranks that hold the vocabulary together, where there are such.
+
+    options: what else they must have alike, beside all that is no tensor among the arguments.
+    """
+    if space.ranks is None:
+        return arguments
+    arguments.part(Target).check_range(arguments.valid, space.vocab_size)
+    sets = RowSets.of(arguments)
+    if sets is not None:
+        sets.check_range(arguments.valid, space.vocab_size)
+    rows = math.prod(space.tokens)
+    if arguments.valid is not None:
+        counted = getattr(arguments, "skip", True) and has_values(arguments.valid)
+        rows = int(arguments.valid.sum()) if counted else None
+    alike = {"dtype of the arithmetic": space.dtype, f"dtype of {space.owner}": space.like.dtype, **options}
+    for name in arguments._names:
+        value = getattr(arguments, name)
+        if isinstance(value, Tensor):
+            value = (
+                f"a tensor of {value.dtype}" if name == "dense" else f"{value.dtype}{list(value.shape[1:])}"
+            )
+        if name != "valid":
+            alike[name] = value
+    return replace(arguments, **vars(space.ranks.settle(space.like, space.here, rows, alike)))
 
 
 def linear_arguments(
@@ -247,6 +304,13 @@ def linear_arguments(
     return LinearArguments(**scores.arguments(target), backend=backend, skip=skip, workspace=workspace)
 
 
+def gradients_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, object]:
+    """Which gradients are wanted: what ranks must have alike, as it decides on the driver."""
+    on = torch.is_grad_enabled()
+    named = {"input": input, "weight": weight, "bias": bias}
+    return {f"gradient of {k}": on and t is not None and t.requires_grad for k, t in named.items()}
+
+
 def choose_strategy(
     arguments: LinearArguments, space: Space, strategy: str | None, reduction: str, *head: Tensor | None
 ) -> str:
@@ -255,6 +319,9 @@ def choose_strategy(
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     if reduction == "none" or not wanted:
         return "streaming"
+    rows, width = math.prod(space.tokens), space.vocab_size
+    if space.ranks is not None:
+        rows, width = space.ranks.rows_together(rows), max(arguments.widest, 1)
     return strategy or plan.choose_strategy(
-        math.prod(space.tokens), space.vocab_size, space.dtype.itemsize, arguments.workspace, space.device
+        rows, width, space.dtype.itemsize, arguments.workspace, space.device
     )

@@ -139,44 +139,50 @@ def scaled_shift(z: Tensor, start: Tensor) -> Tensor:
     return torch.add(start * -SUM_SCALE, z, alpha=SUM_SCALE)
 
 
-def merge(a: Tensor, b: Tensor) -> Tensor:
-    """Partial statistics [PARTIAL, rows] of two disjoint parts of the vocabulary, as one. Associative."""
-    maximum = torch.maximum(a[0], b[0])
+def merge(*parts: Tensor) -> Tensor:
+    """Partial statistics [PARTIAL, rows] of disjoint parts of the vocabulary, as one. Associative."""
+    tops, s0, s1, s2, target_shift, target_exp, mass, shift_sum, square_sum, count, logit_sum = torch.stack(
+        parts, 1
+    )
+    maximum = tops.amax(0)
+    start, end = origin(tops), origin(maximum)
+    # Clamped where e^shift is 0: with -inf, or a shift times a sum that overflows, 0 * inf is NaN.
+    shift, scaled = (start - end).clamp_min(LOG_ZERO), scaled_shift(start, end)
+    scale = torch.where(s0 == 0, 0.0, shift.exp())
+    rebased = [
+        scale * s0,
+        scale * (s1 + shift * s0),
+        scale * scale * s2,
+        target_shift + scaled * mass,
+        scale * target_exp,
+        mass,
+        shift_sum + scaled * count,
+        square_sum,
+        count,
+        logit_sum,
+    ]
+    return torch.stack([maximum, *(sums.sum(0) for sums in rebased)])
 
-    def rebase(part: Tensor) -> list[Tensor]:
-        top, s0, s1, s2, target_shift, target_exp, mass, shift_sum, square_sum, count, logit_sum = part
-        start, end = origin(top), origin(maximum)
-        # Clamped where e^shift is 0: with -inf, or a shift times a sum that overflows, 0 * inf is NaN.
-        shift, scaled = (start - end).clamp_min(LOG_ZERO), scaled_shift(start, end)
-        scale = torch.where(s0 == 0, 0.0, shift.exp())
-        return [
-            scale * s0,
-            scale * (s1 + shift * s0),
-            scale * scale * s2,
-            target_shift + scaled * mass,
-            scale * target_exp,
-            mass,
-            shift_sum + scaled * count,
-            square_sum,
-            count,
-            logit_sum,
-        ]
 
-    return torch.stack([maximum, *(x + y for x, y in zip(rebase(a), rebase(b)))])
+def merge_argmax(tops: Tensor, indices: Tensor) -> Tensor:
+    """The index of the largest logit of all parts, from those of each [parts, rows]; -1 where none has any.
+
+    As in one sweep: the lowest of equal ones, and a NaN is the largest.
+    """
+    best = (indices >= 0) & ((tops == tops.amax(0)) | tops.isnan())
+    lowest = torch.where(best, indices, torch.iinfo(indices.dtype).max).amin(0)
+    return torch.where(best.any(0), lowest, -1)
 
 
-def merge_sides(a: Tensor, b: Tensor) -> Tensor:
-    """Statistics [SIDES, rows] of the sides of two disjoint parts of the vocabulary, as one. Associative."""
+def merge_sides(*parts: Tensor) -> Tensor:
+    """Statistics [SIDES, rows] of the sides of disjoint parts of the vocabulary, as one. Associative."""
     # A maximum and its sums, as in `merge`, for both sides at once.
-    maximum = torch.maximum(a[::3], b[::3])
-
-    def rebase(part: Tensor) -> list[Tensor]:
-        top, s0, s1 = part[::3], part[1::3], part[2::3]
-        shift = (origin(top) - origin(maximum)).clamp_min(LOG_ZERO)
-        scale = torch.where(s0 == 0, 0.0, shift.exp())
-        return [scale * s0, scale * (s1 + shift * s0)]
-
-    sums = [x + y for x, y in zip(rebase(a), rebase(b))]
+    sides = torch.stack(parts)
+    tops, s0, s1 = sides[:, ::3], sides[:, 1::3], sides[:, 2::3]
+    maximum = tops.amax(0)
+    shift = (origin(tops) - origin(maximum)).clamp_min(LOG_ZERO)
+    scale = torch.where(s0 == 0, 0.0, shift.exp())
+    sums = [(scale * s0).sum(0), (scale * (s1 + shift * s0)).sum(0)]
     return torch.stack([maximum, *sums], 1).flatten(0, 1)
 
 
@@ -235,6 +241,16 @@ def summarise(partial: Tensor, *, target_must_occur: bool = False) -> Tensor:
             mass,
         ]
     )
+
+
+def norm_rows(summary: Tensor) -> Tensor:
+    """What the gradients of a row's logits need of its summary: [2, rows], or with a set [5, rows].
+
+    Maximum and log of the sum; with a set the maximum, and both of the rest and of the set.
+    """
+    if len(summary) == len(SUMMARY):
+        return summary[:2]
+    return torch.cat([summary[:1], summary[len(SUMMARY) :][:4]])
 
 
 def row_stats(summary: Tensor, argmax: Tensor) -> RowStats:

@@ -7,6 +7,7 @@ a tile of it is taken, gathered and converted when its turn comes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from .ambient import may_read
 from .arguments import TargetArguments, group
 
+# (a distribution, its sums over the classes that are here [2, ...]) -> those over all classes.
+OverRanks = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 _PIECE = 2**20  # elements of a dense target that are squared at a time
 
 
@@ -82,8 +85,13 @@ class Target(TargetArguments):
         topk_index, order = self.topk_index.sort(dim=-1, stable=True)
         return replace(self, topk_index=topk_index, topk_prob=self.topk_prob.gather(-1, order))
 
-    def chunk(self, start: int, stop: int, rows: Tensor | None, dtype: torch.dtype) -> TargetChunk:
-        """The targets of rows ``rows[start:stop]``, or of ``start:stop`` where rows is None."""
+    def chunk(
+        self, start: int, stop: int, rows: Tensor | None, dtype: torch.dtype, offset: int
+    ) -> TargetChunk:
+        """The targets of rows ``rows[start:stop]``, or of ``start:stop`` where rows is None.
+
+        offset: the class of the first entry that is here.
+        """
         index = topk_index = topk_prob = dense = None
         source: slice | Tensor = slice(start, stop)
         if rows is not None:
@@ -106,7 +114,7 @@ class Target(TargetArguments):
             if index is not None:
                 topk_index, index = index.unsqueeze(-1), None
                 topk_prob = torch.ones_like(topk_index, dtype=dtype)
-        return TargetChunk(index, dense, topk_index, topk_prob, stop - start, dtype, blend)
+        return TargetChunk(index, dense, topk_index, topk_prob, stop - start, dtype, blend, offset)
 
 
 def out_of_range(indices: Tensor, vocab_size: int) -> Tensor:
@@ -176,20 +184,21 @@ class TargetChunk:
     size: int
     dtype: torch.dtype
     blend: tuple[Tensor, float] | None  # class_weight [V], smoothing
+    offset: int  # the class of the first entry that is here
 
     def tile(self, start: int, stop: int) -> TargetArguments:
-        """The part that concerns entries ``start:stop`` of the vocabulary; indices stay global."""
+        """The part that concerns entries ``start:stop`` of those that are here; indices stay global."""
         dense = None
         if self.dense is not None:
             dense = self.dense.tile(start, stop).to(self.dtype)
             if dense.stride(-1) != 1 and dense.shape[-1] > 1:
                 dense = dense.contiguous()
         if self.blend is not None:
-            return TargetArguments(dense=self._blended(dense, start, stop))
+            return TargetArguments(dense=self._blended(dense, start + self.offset, stop + self.offset))
         return TargetArguments(self.index, dense, self.topk_index, self.topk_prob)
 
     def _blended(self, dense: Tensor | None, start: int, stop: int) -> Tensor:
-        """``class_weight * ((1 - smoothing) b + smoothing / V)`` of a tile."""
+        """``class_weight * ((1 - smoothing) b + smoothing / V)`` of classes start:stop."""
         class_weight, smoothing = self.blend
         vocab_size = class_weight.shape[0]
         if dense is not None:
@@ -206,25 +215,43 @@ class TargetChunk:
 
 
 def smoothed_square(
-    target: Tensor | TopKTarget, vocab_size: int, label_smoothing: float, dtype: torch.dtype
+    target: Tensor | TopKTarget,
+    vocab_size: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    over_ranks: OverRanks | None = None,
 ) -> Tensor:
-    """|b|^2 of each token's smoothed target, (...). ``probs`` of ignored entries must be 0 already."""
+    """|b|^2 of each token's smoothed target, (...). ``probs`` of ignored entries must be 0 already.
+
+    over_ranks: gives sums over all classes of a distribution, where only some of them are here.
+    """
     if isinstance(target, TopKTarget):
         probs = target.probs.to(dtype)
         mass, square = probs.sum(-1), _combine_duplicates(target.indices, probs).square().sum(-1)
     elif target.is_floating_point():
-        # In pieces, so that no second N x V tensor is made.
-        count, size = math.prod(target.shape[:-1]), max(1, _PIECE // vocab_size)
-        spans = [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
-        sums = []
-        for span in spans:
-            part = DenseRows(target, span).tile(0, vocab_size).to(dtype)
-            sums.append(torch.stack([part.sum(-1), part.square().sum(-1)]))
-        mass, square = torch.cat(sums, -1).view(2, *target.shape[:-1])
+
+        def sums(dense: Tensor) -> Tensor:
+            return _mass_and_square(dense, dtype)
+
+        mass, square = sums(target) if over_ranks is None else over_ranks(target, sums)
     else:
         mass = square = torch.ones(target.shape, dtype=dtype, device=target.device)
     keep, share = 1.0 - label_smoothing, label_smoothing / vocab_size
     return keep * keep * square + 2.0 * keep * share * mass + share * label_smoothing
+
+
+def _mass_and_square(dense: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum and sum of squares of each row of a distribution (..., V), [2, ...].
+
+    In pieces, so that no second N x V tensor is made.
+    """
+    count, entries = math.prod(dense.shape[:-1]), dense.shape[-1]
+    size = max(1, _PIECE // max(entries, 1))
+    sums = []
+    for start in range(0, max(count, 1), size):
+        part = DenseRows(dense, slice(start, min(start + size, count))).tile(0, entries).to(dtype)
+        sums.append(torch.stack([part.sum(-1), part.square().sum(-1)]))
+    return torch.cat(sums, -1).view(2, *dense.shape[:-1])
 
 
 def _combine_duplicates(indices: Tensor, probs: Tensor) -> Tensor:

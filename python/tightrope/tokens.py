@@ -16,7 +16,7 @@ from torch import Tensor
 from .arguments import SetArguments, TokenTarget
 from .statistics import RowStats
 from .support import Classes, MinP, ascending
-from .targets import NO_CLASS, TopKTarget, smoothed_square
+from .targets import NO_CLASS, OverRanks, TopKTarget, smoothed_square
 
 
 def flatten_target(
@@ -111,12 +111,14 @@ def target_square(
     shift: int,
     label_smoothing: float,
     dtype: torch.dtype,
+    over_ranks: OverRanks | None = None,
 ) -> Tensor:
-    """|b|^2 of each row's smoothed target, [N]."""
+    """|b|^2 of each row's smoothed target, [N]; over_ranks as in `smoothed_square`."""
     if isinstance(target, TopKTarget):
         indices = target.indices.long()
         target = TopKTarget(indices, target.probs.masked_fill(indices == ignore_index, 0.0))
-    return _shifted(smoothed_square(target, vocab_size, label_smoothing, dtype), shift, 0.0).reshape(-1)
+    square = smoothed_square(target, vocab_size, label_smoothing, dtype, over_ranks)
+    return _shifted(square, shift, 0.0).reshape(-1)
 
 
 def _shifted(values: Tensor, shift: int, fill: float) -> Tensor:

@@ -130,14 +130,16 @@ def same_device(reference: str, expected: torch.device, **others: Tensor | None)
             )
 
 
-def head(input: object, weight: object, bias: object) -> None:
-    """Hidden states (..., D), vocabulary head (V, D), bias (V) or None."""
+def head(input: object, weight: object, bias: object, least: int = 1) -> None:
+    """Hidden states (..., D), vocabulary head (V, D) with V of at least ``least``, bias (V) or None."""
     tensor("input", input)
     tensor("weight", weight)
     if input.dim() < 1:
         raise ValueError("input: got a 0-dimensional tensor, expected (..., D)")
-    if weight.dim() != 2 or weight.shape[0] < 1:
-        raise ValueError(f"weight: got shape {list(weight.shape)}, expected (V, D) with V of at least 1")
+    if weight.dim() != 2 or weight.shape[0] < least:
+        raise ValueError(
+            f"weight: got shape {list(weight.shape)}, expected (V, D) with V of at least {least}"
+        )
     if input.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"input: got last dimension {input.shape[-1]}, expected D = {weight.shape[1]}, that of weight "
@@ -152,10 +154,12 @@ def head(input: object, weight: object, bias: object) -> None:
     same_device("input", input.device, weight=weight, bias=bias)
 
 
-def logits(value: object) -> None:
+def logits(value: object, least: int = 1) -> None:
     tensor("logits", value)
-    if value.dim() < 1 or value.shape[-1] < 1:
-        raise ValueError(f"logits: got shape {list(value.shape)}, expected (..., V) with V of at least 1")
+    if value.dim() < 1 or value.shape[-1] < least:
+        raise ValueError(
+            f"logits: got shape {list(value.shape)}, expected (..., V) with V of at least {least}"
+        )
 
 
 def target(value: object, tokens: torch.Size, vocab_size: int, device: torch.device, owner: str) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..arguments import Arguments, group
 from ..coefficients import row_coefficients
-from ..statistics import RowStats, StatGrads, row_stats
+from ..distributed.exchange import Reduction
+from ..statistics import RowStats, StatGrads, norm_rows, row_stats
 from . import plan
 from .gemm import headroom, multiply
 from .problem import Chunk, LinearProblem
@@ -63,9 +64,40 @@ class Gradients(Arguments):
         to_input = make(problem.input.shape, **like) if needs.input_grad else None
         make = torch.empty if chunks else torch.zeros
         to_weight = make(problem.weight.shape, **like) if needs.weight_grad else None
-        to_bias = torch.zeros(problem.vocab_size, **like) if needs.bias_grad else None
+        if to_weight is not None:
+            to_weight[problem.columns :] = 0.0  # padding
+        to_bias = torch.zeros(problem.weight.shape[0], **like) if needs.bias_grad else None
         to_temperature = torch.zeros(problem.rows.total, **like) if needs.temperature_grad else None
         return cls(to_input, to_weight, to_bias, to_temperature)
+
+
+class Reductions:
+    """Gradients of chunks' rows that are summed over the ranks while the next chunk is worked on."""
+
+    def __init__(self, gradients: Gradients):
+        self.gradients = gradients
+        self.under_way: tuple[Reduction, slice | Tensor] | None = None
+
+    def add(self, own: Chunk, hidden_grad: Tensor | None, to_rows: Tensor | None) -> None:
+        """Those of hidden states [m, D] and of temperatures [m] of all rows that are scored here."""
+        parts = [hidden_grad, None if to_rows is None else to_rows.unsqueeze(-1)]
+        parts = [part for part in parts if part is not None]
+        if parts:
+            sums = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+            reduction = own.step.reduce(sums)
+            self.finish()
+            self.under_way = reduction, own.where
+
+    def finish(self) -> None:
+        if self.under_way is None:
+            return
+        (reduction, where), self.under_way = self.under_way, None
+        total = reduction.result()
+        to_input, _, _, to_temperature = self.gradients.flat()
+        if to_input is not None:
+            to_input[where] = total[:, : to_input.shape[1]]
+        if to_temperature is not None:
+            to_temperature[where] = total[:, -1]
 
 
 class Record:
@@ -82,6 +114,8 @@ class Record:
 
         Gives the upstream gradients of the statistics.
         """
+        if not chunk.size:  # other ranks have rows in it
+            return StatGrads()
         row_loss, grads, args = upstream(row_stats(summary, argmax), chunk)
         if chunk.active is not None:
             row_loss = row_loss.masked_fill(~chunk.active, 0.0)
@@ -105,61 +139,69 @@ class Plan:
     """How the rows go by."""
 
     chunks: list[tuple[int, int]]
+    rows: int  # of a chunk, at most, those of all ranks together
     stride: int  # elements between two rows of logits
     fused: bool  # a chunk goes by one launch
 
     @property
     def elements(self) -> int:
         """Elements of the memory for a chunk's logits."""
-        return max((stop - start for start, stop in self.chunks), default=0) * self.stride
+        return self.rows * self.stride
 
     @classmethod
     def of(cls, problem: LinearProblem, workspace: int, fusible: bool) -> Plan:
         """workspace: bytes for a chunk's logits. fusible: the loss can go by one launch."""
-        count, vocab_size, dtype = problem.rows.count, problem.vocab_size, problem.dtype
+        exchange, vocab_size, dtype = problem.exchange, problem.widest, problem.dtype
+        count, ranks = exchange.most_rows(problem.rows.count), exchange.owners
         sizes = plan.sizes(problem.device)
 
         def chunks(row: int) -> list[tuple[int, int]]:
-            size = plan.chunk_rows(count, row, dtype.itemsize, workspace)
-            return plan.spans(count, min(size, sizes.max_chunk_rows), plan.ROW_MULTIPLE)
+            size = plan.chunk_rows(count * ranks, row, dtype.itemsize, workspace)
+            size = max(min(size, sizes.max_chunk_rows) // ranks, 1)
+            return plan.spans(count, size, plan.ROW_MULTIPLE)
+
+        def most(spans: list[tuple[int, int]]) -> int:
+            return max((stop - start for start, stop in spans), default=0) * ranks
 
         if fusible:
             stride = -(-vocab_size // plan.ROW_STRIDE) * plan.ROW_STRIDE
             whole = chunks(stride)
             if whole and problem.fuses(whole[0][1]):
-                return cls(whole, stride, True)
+                return cls(whole, most(whole), stride, True)
         # Beside the logits, a tile of their gradients where that is narrower.
-        narrow = (
-            0 if problem.operand == dtype else min(vocab_size, plan.tile_width(count, problem.device)) // 2
-        )
-        return cls(chunks(vocab_size + narrow), vocab_size, False)
+        tile = min(vocab_size, plan.tile_width(count * ranks, problem.device))
+        narrow = 0 if problem.operand == dtype else tile // 2
+        spans = chunks(vocab_size + narrow)
+        return cls(spans, most(spans), problem.columns, False)
 
 
 def loss_and_gradients(
-    problem: LinearProblem, upstream: Upstream, needs: Needs, workspace: int, ahead: Ahead
+    problem: LinearProblem, upstream: Upstream, needs: Needs, workspace: int, ahead: Ahead | None = None
 ) -> tuple[Record, Gradients]:
     """The loss of every row and the gradients of their weighted sum, in one sweep over the rows.
 
     workspace: bytes for a chunk's logits. ahead: the gradients that upstream gives, for a fused kernel.
     """
     problem.check_topk()
-    how = Plan.of(problem, workspace, fusible=True)
+    how = Plan.of(problem, workspace, fusible=ahead is not None)
     record, gradients = Record(problem), Gradients.unwritten(problem, needs, len(how.chunks))
+    reductions = Reductions(gradients)
     with borrow(how.elements, problem.dtype, problem.device) as memory:
         for start, stop in how.chunks:
-            chunk = problem.chunk(start, stop)
-            hidden = problem.hidden(chunk)
+            own = problem.chunk(start, stop)
+            chunk, hidden = own.step.spread(problem, own)
             if how.fused:
                 logits = memory[: chunk.size * how.stride].view(chunk.size, how.stride)
-                logits = logits[:, : problem.vocab_size]
+                logits = logits[:, : problem.columns]
                 summary, argmax, grads = _fused(problem, chunk, hidden, logits, ahead(chunk))
-                record.add(chunk, summary, argmax, upstream)
+                record.add(own, summary, argmax, upstream)
                 _multiply(problem, chunk, hidden, grads, None, gradients)
                 continue
-            summary, argmax = chunk_statistics(problem, chunk, hidden, memory)
-            stat_grads = record.add(chunk, summary, argmax, upstream)
+            summary, argmax = chunk_statistics(problem, own, chunk, hidden, memory)
+            stat_grads = record.add(own, summary, argmax, upstream)
             coef = row_coefficients(summary, stat_grads, problem.vocab_size)
-            chunk_gradients(problem, chunk, hidden, memory, summary, coef, gradients)
+            chunk_gradients(problem, own, chunk, hidden, memory, norm_rows(summary), coef, reductions)
+        reductions.finish()
     return record, gradients
 
 
@@ -172,13 +214,17 @@ def _fused(
         multiply(hidden, problem.head(*tile).t(), logits[:, tile[0] : tile[1]], rows="m")
     partial, argmax = problem.new_partial(chunk.size)
     gradient = problem.row_loss_grad(logits, partial, argmax, ahead, chunk)
-    return problem.summarise(partial, chunk), argmax, (gradient[:, start:stop] for start, stop in tiles)
+    summary, argmax = problem.summarise(partial, argmax, chunk, chunk)
+    return summary, argmax, (gradient[:, start:stop] for start, stop in tiles)
 
 
 def chunk_statistics(
-    problem: LinearProblem, chunk: Chunk, hidden: Tensor, memory: Tensor
+    problem: LinearProblem, own: Chunk, chunk: Chunk, hidden: Tensor, memory: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Fill the memory with a chunk's logits, tile by tile; gives summary [SUMMARY, n] and argmax [n]."""
+    """Fill the memory with a chunk's logits, tile by tile; gives summary [SUMMARY, n] and argmax [n].
+
+    own: the part of the chunk that is this rank's, whose statistics are given.
+    """
     partial, argmax = problem.new_partial(chunk.size)
     tiles = problem.tiles(chunk.size)
     for tile in tiles:
@@ -188,31 +234,42 @@ def chunk_statistics(
     again = (
         (problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0]), tile) for tile in tiles
     )
-    return problem.summarise(partial, chunk, again), argmax
+    return problem.summarise(partial, argmax, own, chunk, again)
 
 
 def chunk_gradients(
     problem: LinearProblem,
+    own: Chunk,
     chunk: Chunk,
     hidden: Tensor,
     memory: Tensor,
-    summary: Tensor,
+    norm: Tensor,
     coef: Tensor,
-    gradients: Gradients,
+    reductions: Reductions,
 ) -> None:
-    """Add what a chunk contributes to the gradients; memory holds its logits, and is overwritten."""
+    """Add what a chunk contributes to the gradients; memory holds its logits, and is overwritten.
+
+    norm [2 or 5, n] (`norm_rows`) and coef are of the own rows.
+    """
+    gradients = reductions.gradients
+    to_rows = None if gradients.to_temperature is None else coef.new_zeros(chunk.size)
+    if not own.step.alone:
+        norm, coef = own.step.publish(torch.cat([norm, coef])).split([len(norm), len(coef)])
     coef, undo = headroom(coef, problem.operand)
-    to_rows = None if gradients.to_temperature is None else summary.new_zeros(chunk.size)
-    form = problem.form(chunk, summary, coef, to_rows)
+    form = problem.form(chunk, norm, coef, to_rows)
 
     def gradient(tile: tuple[int, int]) -> Tensor:
         raw = problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0])
         return problem.row_grad(raw, form, chunk, tile)
 
     grads = map(gradient, problem.tiles(chunk.size))
-    _multiply(problem, chunk, hidden, grads, undo, gradients)
-    if to_rows is not None:
-        gradients.to_temperature[chunk.where] = to_rows if undo is None else to_rows * undo
+    hidden_grad = _multiply(problem, chunk, hidden, grads, undo, gradients)
+    if to_rows is not None and undo is not None:
+        to_rows *= undo
+    if not own.step.alone:
+        reductions.add(own, hidden_grad, to_rows)
+    elif to_rows is not None:
+        gradients.to_temperature[own.where] = to_rows
 
 
 def _multiply(
@@ -222,27 +279,30 @@ def _multiply(
     grads: Iterable[Tensor],
     undo: Tensor | None,
     gradients: Gradients,
-) -> None:
+) -> Tensor | None:
     """Add what the gradients of the chunk's logits, tile by tile, contribute to the gradients wanted.
 
-    undo: what undoes the scale of grads, if they have one.
+    undo: what undoes the scale of grads, if they have one. Where the vocabulary is shared by ranks the
+    gradient of the hidden states is not put in its place yet: it is given, [m, D].
     """
     to_input, to_weight, to_bias, _ = gradients.flat()
-    in_place = isinstance(chunk.where, slice)
-    first = chunk.start == 0
+    in_place = chunk.step.alone and isinstance(chunk.where, slice)
     if to_input is not None:
-        hidden_grad = to_input[chunk.where] if in_place else torch.empty_like(hidden, dtype=problem.dtype)
+        make = torch.empty_like if problem.columns else torch.zeros_like
+        hidden_grad = to_input[chunk.where] if in_place else make(hidden, dtype=problem.dtype)
     for tile, grad in zip(problem.tiles(chunk.size), grads):
         if to_input is not None:
             multiply(grad, problem.head(*tile), hidden_grad, rows="m", accumulate=tile[0] > 0)
         if to_weight is not None:
             part = to_weight[tile[0] : tile[1]]
-            multiply(grad.t(), hidden, part, rows="k", accumulate=not first, scale=undo)
+            multiply(grad.t(), hidden, part, rows="k", accumulate=not chunk.first, scale=undo)
         if to_bias is not None:
             bias_grad = grad.sum(0, dtype=problem.dtype)
             to_bias[tile[0] : tile[1]] += bias_grad if undo is None else bias_grad * undo
-    if to_input is not None:
-        if undo is not None:
-            hidden_grad *= undo
-        if not in_place:
-            to_input[chunk.where] = hidden_grad
+    if to_input is None:
+        return None
+    if undo is not None:
+        hidden_grad *= undo
+    if chunk.step.alone and not in_place:
+        to_input[chunk.where] = hidden_grad
+    return hidden_grad

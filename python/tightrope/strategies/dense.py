@@ -7,19 +7,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..statistics import norm_rows
 from . import plan
 from .problem import Chunk, LogitsProblem
 
 
 def _chunks(problem: LogitsProblem) -> Iterator[tuple[Chunk, Tensor]]:
     """Chunks of rows, each with its logits, of unit stride along the vocabulary."""
-    vocab_size = problem.logits.shape[1]
-    for start, stop in plan.spans(
-        problem.rows.total, max(1, plan.sizes(problem.device).dense_logits // vocab_size)
-    ):
-        logits = problem.logits[start:stop]
+    rows = max(1, plan.sizes(problem.device).dense_logits // problem.widest)
+    for start, stop in plan.spans(problem.rows.total, rows):
+        logits = problem.logits[start:stop, : problem.columns]
         chunk = problem.chunk(start, stop)
-        yield chunk, logits if logits.stride(1) == 1 or vocab_size == 1 else logits.contiguous()
+        yield chunk, logits if logits.stride(1) == 1 or problem.columns == 1 else logits.contiguous()
 
 
 def statistics(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
@@ -28,11 +27,11 @@ def statistics(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
     summary, argmax = problem.empty_summary()
     for chunk, logits in _chunks(problem):
         partial, best = problem.new_partial(chunk.size)
-        tile = (0, problem.vocab_size)
+        tile = (0, problem.columns)
         scored = problem.tempered(logits, chunk, tile)
         problem.row_stats(scored, partial, best, chunk, tile)
-        summary[:, chunk.where] = problem.summarise(partial, chunk, [(scored, tile)])
-        argmax[chunk.where] = best
+        of_rows = problem.summarise(partial, best, chunk, chunk, [(scored, tile)])
+        summary[:, chunk.where], argmax[chunk.where] = of_rows
     return summary, argmax
 
 
@@ -42,9 +41,14 @@ def gradient(problem: LogitsProblem, summary: Tensor, coef: Tensor, to_temperatu
     to_temperature [N] or None: where that of the temperatures is added.
     """
     out = torch.empty_like(problem.logits, memory_format=torch.contiguous_format)
+    out[:, problem.columns :] = 0.0  # padding
     for chunk, logits in _chunks(problem):
         where = chunk.where
         to_rows = None if to_temperature is None else to_temperature[where]
-        form = problem.form(chunk, summary[:, where], coef[:, where].contiguous(), to_rows)
-        problem.row_grad(logits, out[where], form, chunk)
+        norm = norm_rows(summary[:, where])
+        form = problem.form(chunk, norm, coef[:, where].contiguous(), to_rows)
+        problem.row_grad(logits, out[where, : problem.columns], form, chunk)
+    if to_temperature is not None and not problem.exchange.alone:
+        total = problem.exchange.step(0, problem.rows.total).reduce(to_temperature.unsqueeze(-1)).result()
+        to_temperature.copy_(total.squeeze(-1))
     return out

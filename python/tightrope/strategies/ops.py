@@ -16,12 +16,13 @@ from torch import Tensor
 from .. import backends
 from ..arguments import Arguments, LinearArguments, LogitsArguments, Signature, Transform, group
 from ..backends.ops import define
+from ..distributed.exchange import Exchange
 from ..losses import RealityCreativity
-from ..statistics import summary_rows
+from ..statistics import norm_rows, summary_rows
 from ..support import RowSets
 from ..targets import Target
 from . import chunked, dense, streaming
-from .chunked import Gradients, Needs, Upstream
+from .chunked import Gradients, Needs, Reductions, Upstream
 from .problem import LinearProblem, LogitsProblem, Rows, arithmetic_dtype
 
 # input [N, D], weight [V, D], bias [V]; logits [N, V].
@@ -59,22 +60,29 @@ def linear_problem(
     """
     if rows is None:
         rows = Rows.of(input.shape[0], arguments.valid, arguments.skip)
-    return LinearProblem(input, weight, bias, rows=rows, **_scoring(arguments, weight.shape[0], input.device))
+    return LinearProblem(input, weight, bias, **_scoring(arguments, rows, weight.shape[0], input.device))
 
 
 def _logits_problem(logits: Tensor, arguments: LogitsArguments) -> LogitsProblem:
     rows = Rows.of(logits.shape[0], arguments.valid, skip=False)
-    return LogitsProblem(logits, rows=rows, **_scoring(arguments, logits.shape[1], logits.device))
+    return LogitsProblem(logits, **_scoring(arguments, rows, logits.shape[1], logits.device))
 
 
-def _scoring(arguments: LogitsArguments, vocab_size: int, device: torch.device) -> dict[str, object]:
-    """The fields that both kinds of problem have."""
-    target, sets = arguments.part(Target), RowSets.of(arguments)
+def _scoring(arguments: LogitsArguments, rows: Rows, here: int, device: torch.device) -> dict[str, object]:
+    """The fields that both kinds of problem have. here: entries of the vocabulary, padding included."""
+    target, sets, vocab_size = arguments.part(Target), RowSets.of(arguments), arguments.vocab_size(here)
+    columns = max(min(here, vocab_size - arguments.start), 0)
     target.check_range(arguments.valid, vocab_size)
     if sets is not None:
         sets.check_range(arguments.valid, vocab_size)
     return {
         "target": target,
+        "rows": rows,
+        "vocab_size": vocab_size,
+        "offset": arguments.start,
+        "columns": columns,
+        "widest": max(arguments.widest, columns),
+        "exchange": Exchange.of(arguments, rows.count, device),
         "sets": sets,
         "transform": arguments.part(Transform),
         "temperature": arguments.temperature,
@@ -188,12 +196,12 @@ class Span(Arguments):
 
 
 def _chunk(input, weight, bias, arguments: LinearArguments, span: Span):
-    """(problem, chunk, hidden states of the chunk)."""
+    """(problem, chunk, the same chunk, its hidden states), of a process that has all of the vocabulary."""
     active = arguments.valid if span.kept is None else None
     rows = Rows(input.shape[0], span.kept, active)
     problem = linear_problem(input, weight, bias, arguments, rows)
     chunk = problem.chunk(span.start, span.stop)
-    return problem, chunk, problem.hidden(chunk)
+    return problem, chunk, chunk, problem.hidden(chunk)
 
 
 def _chunk_stats(memory, span: Span, input, weight, bias, arguments: LinearArguments):
@@ -225,7 +233,7 @@ def _chunk_gradients(
     gradients = Gradients(to_input, to_weight, to_bias, to_temperature)
     with exact_products(input.device):
         chunk = _chunk(input, weight, bias, arguments, span)
-        chunked.chunk_gradients(*chunk, memory, summary, coef, gradients)
+        chunked.chunk_gradients(*chunk, memory, norm_rows(summary), coef, Reductions(gradients))
 
 
 def _logits_stats(logits, arguments: LogitsArguments) -> tuple[Tensor, Tensor]:
@@ -269,7 +277,14 @@ def _define(name: str, signature: Signature, returns: str, driver: Callable, fak
 
     define(name, signature, returns, flat(driver), flat(fake))
     operator = getattr(torch.ops.tightrope, name)
-    return lambda *arguments: operator(*signature.flatten(*arguments))
+
+    def call(*arguments):
+        # Where ranks work together what they exchange is to be seen by who counts it: no operator around it.
+        if arguments[-1].group is not None and not torch.compiler.is_compiling():
+            return driver(*arguments)
+        return operator(*signature.flatten(*arguments))
+
+    return call
 
 
 def _nothing(*_) -> None:

@@ -19,7 +19,7 @@ from ..arguments import LinearArguments
 from ..coefficients import row_coefficients
 from ..statistics import FLOATING, RowStats, StatGrads
 from ..tokens import without_target
-from . import ops
+from . import chunked, ops
 from .chunked import Gradients, Needs, Plan, Record
 from .problem import Rows
 from .workspace import borrow
@@ -37,6 +37,11 @@ def loss_and_gradients(
     arguments: LinearArguments,
 ) -> tuple[Record, Gradients]:
     """The loss of every row and the gradients of ``sum(row_scale * loss)``, row_args' in the record."""
+    if arguments.group is not None:
+        problem = ops.linear_problem(input, weight, bias, arguments)
+        upstream = _differentiate(loss_fn, row_scale, row_args, args_need, problem.target.is_given)
+        with ops.exact_products(input.device):
+            return chunked.loss_and_gradients(problem, upstream, needs, arguments.workspace)
     # Where there are no values to count, rows are masked.
     rows = Rows.of(input.shape[0], arguments.valid, arguments.skip and has_values(input))
     problem = ops.linear_problem(input, weight, bias, arguments, rows)

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..arguments import SideArguments, TileArguments, Transform
 from ..backends import Backend
 from ..backends.ops import to_logits, to_raw_gradient
+from ..distributed.exchange import Exchange, Step
 from ..statistics import (
-    SUMMARY,
     empty_partial,
     empty_sides,
     summarise,
@@ -35,13 +35,14 @@ from .gemm import multiply, widens
 class Chunk:
     """A chunk of rows: where they stand among all rows, their targets, and which of them count."""
 
-    start: int  # among the rows that are worked on
+    first: bool  # of all chunks
     size: int
     where: slice | Tensor  # into tensors of all N rows
     target: TargetChunk
     active: Tensor | None  # [size] bool; None: all
     sets: RowSets | None
     temperature: Tensor | None  # [size, 1]
+    step: Step
 
 
 @dataclass(frozen=True)
@@ -94,19 +95,26 @@ class _Scored:
     sets: RowSets | None
     temperature: Tensor | None  # [N]
     backend: Backend
+    vocab_size: int  # of the whole vocabulary
+    offset: int  # the class of the first entry that is here
+    columns: int  # classes that are here
+    widest: int  # the same of the rank that has most: what agreed sizes follow from
+    exchange: Exchange
 
     def chunk(self, start: int, stop: int) -> Chunk:
         """Rows start:stop of those that are worked on."""
-        rows = self.rows
+        rows, first, step = self.rows, start == 0, self.exchange.step(start, stop)
+        start, stop = self.exchange.own(start, stop)
         where = rows.where(start, stop)
         return Chunk(
-            start,
+            first,
             stop - start,
             where,
-            self.target.chunk(start, stop, rows.kept, self.dtype),
+            self.target.chunk(start, stop, rows.kept, self.dtype, self.offset),
             None if rows.active is None else rows.active[start:stop],
             None if self.sets is None else self.sets.chunk(where),
             None if self.temperature is None else self.temperature[where].unsqueeze(-1),
+            step,
         )
 
     def check_topk(self) -> None:
@@ -151,20 +159,21 @@ class _Scored:
     def row_stats(
         self, raw: Tensor, partial: Tensor, argmax: Tensor, chunk: Chunk, tile: tuple[int, int]
     ) -> None:
-        self.backend.row_stats(raw, partial, argmax, tile[0], *self.tile_arguments(chunk, tile))
+        offset = self.offset + tile[0]
+        self.backend.row_stats(raw, partial, argmax, offset, *self.tile_arguments(chunk, tile))
 
     def row_sides(
         self, raw: Tensor, sides: Tensor, which: SideArguments, chunk: Chunk, tile: tuple[int, int]
     ) -> None:
         arguments = self.tile_arguments(chunk, tile)
-        self.backend.row_sides(raw, sides, tile[0], *which.flat(), *arguments)
+        self.backend.row_sides(raw, sides, self.offset + tile[0], *which.flat(), *arguments)
 
     def scored_grad(
         self, scored: Tensor, out: Tensor, form: Form, chunk: Chunk, tile: tuple[int, int]
     ) -> None:
         """Write the gradient with respect to what the row primitives take to out, which it may be."""
-        arguments = self.tile_arguments(chunk, tile)
-        self.backend.row_grad(scored, out, form.norm, form.coef, tile[0], *form.sides.flat(), *arguments)
+        arguments = (*form.sides.flat(), *self.tile_arguments(chunk, tile))
+        self.backend.row_grad(scored, out, form.norm, form.coef, self.offset + tile[0], *arguments)
 
     def new_partial(self, rows: int) -> tuple[Tensor, Tensor]:
         return empty_partial(rows, self.dtype, self.device)
@@ -177,28 +186,34 @@ class _Scored:
             sides[0].masked_fill_(lost, torch.nan)
         return sides
 
-    def form(self, chunk: Chunk, summary: Tensor, coef: Tensor, to_temperature: Tensor | None = None) -> Form:
-        """From a chunk's summary and coefficients."""
+    def form(self, chunk: Chunk, norm: Tensor, coef: Tensor, to_temperature: Tensor | None = None) -> Form:
+        """From `norm_rows` and coefficients of a chunk."""
         if chunk.sets is None:
-            return Form(summary[:2].contiguous(), coef, SideArguments(), to_temperature)
-        norm = summary[len(SUMMARY) :][:4].contiguous()
-        return Form(norm, coef, chunk.sets.sides(summary[0]), to_temperature)
+            return Form(norm.contiguous(), coef, SideArguments(), to_temperature)
+        return Form(norm[1:].contiguous(), coef, chunk.sets.sides(norm[0]), to_temperature)
 
     def summarise(
-        self, partial: Tensor, chunk: Chunk, again: Iterable[tuple[Tensor, tuple[int, int]]] = ()
-    ) -> Tensor:
-        """Statistics of a chunk to its summary; zeros for rows that do not count.
+        self,
+        partial: Tensor,
+        argmax: Tensor,
+        own: Chunk,
+        chunk: Chunk,
+        again: Iterable[tuple[Tensor, tuple[int, int]]] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """Summary and argmax of the own rows of a chunk; zeros and -1 for rows that do not count.
 
-        again: what row_stats was given, tile by tile, and the tiles. Taken only where there is a set, which
-        may be named by the maximum of the row.
+        partial, argmax: of all rows that are scored here. again: what row_stats was given, tile by tile, and
+        the tiles. Taken only where there is a set, which may be named by the maximum of the row.
         """
-        summary = summarise(partial, target_must_occur=chunk.target.index is not None)
-        if chunk.sets is not None:
-            sides, which = self.new_sides(chunk), chunk.sets.sides(partial[0])
+        partial, argmax = own.step.collect(partial, argmax)
+        summary = summarise(partial, target_must_occur=own.target.index is not None)
+        if own.sets is not None:
+            maximum = own.step.publish(partial[:1])[0] if own.sets.classes is None else partial[0]
+            sides, which = self.new_sides(chunk), chunk.sets.sides(maximum)
             for raw, tile in again:
                 self.row_sides(raw, sides, which, chunk, tile)
-            summary = torch.cat([summary, summarise_sides(sides)])
-        return summary if chunk.active is None else summary.masked_fill(~chunk.active, 0.0)
+            summary = torch.cat([summary, summarise_sides(own.step.collect_sides(sides))])
+        return summary if own.active is None else summary.masked_fill(~own.active, 0.0), argmax
 
 
 @dataclass(frozen=True)
@@ -231,19 +246,18 @@ class LinearProblem(_Scored):
     def device(self) -> torch.device:
         return self.input.device
 
-    @property
-    def vocab_size(self) -> int:
-        return self.weight.shape[0]
-
     def tiles(self, rows: int) -> list[tuple[int, int]]:
         """Spans of the vocabulary that go by one at a time, for so many rows."""
         converted = self.weight.shape[1] if self.weight.dtype != self.operand else 0
-        return plan.spans(self.vocab_size, plan.tile_width(rows, self.device, converted), multiple=16)
+        return plan.spans(self.columns, plan.tile_width(rows, self.device, converted), multiple=16)
 
     def hidden(self, chunk: Chunk) -> Tensor:
         """The chunk's hidden states [size, D]; zeros where a row does not count: no NaN leaks from it."""
-        hidden = self.input[chunk.where].to(self.operand)
-        return hidden if chunk.active is None else hidden.masked_fill(~chunk.active.unsqueeze(-1), 0.0)
+        return self.operands(self.input[chunk.where], chunk.active)
+
+    def operands(self, hidden: Tensor, active: Tensor | None) -> Tensor:
+        hidden = hidden.to(self.operand)
+        return hidden if active is None else hidden.masked_fill(~active.unsqueeze(-1), 0.0)
 
     def head(self, start: int, stop: int) -> Tensor:
         """Rows start:stop of the head, [T, D]."""
@@ -288,7 +302,7 @@ class LinearProblem(_Scored):
         """
         if self.target.is_dense or self.operand == torch.float16:
             return False
-        if self.sets is not None or self.temperature is not None:
+        if self.sets is not None or self.temperature is not None or not self.exchange.alone:
             return False
         sparse = 1 if self.target.topk_index is None else self.target.topk_index.shape[-1]
         return self.backend.fuses(rows, self.vocab_size, sparse, self.dtype, self.device)
@@ -304,7 +318,7 @@ class LinearProblem(_Scored):
         if self.operand != raw.dtype:
             shape, stride = (raw.shape[0], raw.stride(0)), (raw.stride(0), 1)
             out = raw.as_strided(shape, stride).view(self.operand)[:, : raw.shape[1]]
-        arguments = self.tile_arguments(chunk, (0, self.vocab_size))
+        arguments = self.tile_arguments(chunk, (0, self.columns))
         self.backend.row_loss_grad(raw, out, partial, argmax, upstream, *arguments)
         return out
 
@@ -312,13 +326,15 @@ class LinearProblem(_Scored):
         self, hidden: Tensor, partial: Tensor, argmax: Tensor, chunk: Chunk, tile: tuple[int, int]
     ) -> None:
         arguments = self.tile_arguments(chunk, tile)
-        self.backend.stream_stats(hidden, self.head(*tile), partial, argmax, tile[0], *arguments)
+        offset = self.offset + tile[0]
+        self.backend.stream_stats(hidden, self.head(*tile), partial, argmax, offset, *arguments)
 
     def stream_grad(
         self, hidden: Tensor, out: Tensor, norm: Tensor, coef: Tensor, chunk: Chunk, tile: tuple[int, int]
     ) -> None:
         arguments = self.tile_arguments(chunk, tile)
-        self.backend.stream_grad(hidden, self.head(*tile), out, norm, coef, tile[0], *arguments)
+        offset = self.offset + tile[0]
+        self.backend.stream_grad(hidden, self.head(*tile), out, norm, coef, offset, *arguments)
 
 
 @dataclass(frozen=True)
@@ -335,13 +351,9 @@ class LogitsProblem(_Scored):
     def device(self) -> torch.device:
         return self.logits.device
 
-    @property
-    def vocab_size(self) -> int:
-        return self.logits.shape[1]
-
     def row_grad(self, logits: Tensor, out: Tensor, form: Form, chunk: Chunk) -> None:
         """Write the gradient with respect to logits that are not tempered to out."""
-        tile = (0, self.vocab_size)
+        tile = (0, self.columns)
         scored = self.tempered(logits, chunk, tile)
         grad = out if scored is logits else torch.empty_like(scored)
         self.scored_grad(scored, grad, form, chunk, tile)

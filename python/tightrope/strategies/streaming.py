@@ -13,8 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..statistics import norm_rows
 from . import plan
-from .chunked import Gradients, Needs
+from .chunked import Gradients, Needs, Plan, Reductions, chunk_gradients
 from .gemm import headroom, multiply
 from .problem import Chunk, Form, LinearProblem
 from .workspace import borrow
@@ -23,8 +24,10 @@ Spans = list[tuple[int, int]]
 
 
 def _forward_spans(problem: LinearProblem, workspace: int) -> tuple[Spans, Spans]:
-    """(tiles of the vocabulary, blocks of rows) that a forward pass goes by."""
-    rows, vocab_size = problem.rows.count, problem.vocab_size
+    """(tiles of the vocabulary, spans of rows) that a forward pass goes by."""
+    rows, columns = problem.rows.count, problem.columns
+    if not problem.exchange.alone:
+        return problem.tiles(rows), _agreed_spans(problem, workspace)
     if not problem.streams:
         tiles = problem.tiles(rows)
         width = max((stop - start for start, stop in tiles), default=0)
@@ -32,26 +35,42 @@ def _forward_spans(problem: LinearProblem, workspace: int) -> tuple[Spans, Spans
         block = min(block, plan.sizes(problem.device).streaming_rows)
         return tiles, plan.spans(rows, block, plan.ROW_MULTIPLE)
     if not problem.target.is_dense:
-        return [(0, vocab_size)], plan.spans(rows, rows)
-    tiles = plan.spans(vocab_size, plan.DENSE_TILE, multiple=16)
+        return [(0, columns)], plan.spans(rows, rows)
+    tiles = plan.spans(columns, plan.DENSE_TILE, multiple=16)
     return tiles, plan.spans(rows, plan.chunk_rows(rows, plan.DENSE_TILE, problem.dtype.itemsize, workspace))
+
+
+def _agreed_spans(problem: LinearProblem, workspace: int) -> Spans:
+    """Spans of rows that are the same on every rank, whatever it has of the vocabulary."""
+    exchange = problem.exchange
+    most = exchange.most_rows(problem.rows.count)
+    together = most * exchange.owners
+    width = min(plan.tile_width(together, problem.device), problem.widest)
+    block = plan.chunk_rows(together, max(width, 1), problem.dtype.itemsize, workspace)
+    block = min(block, plan.sizes(problem.device).streaming_rows)
+    return plan.spans(most, max(block // exchange.owners, 1), plan.ROW_MULTIPLE)
 
 
 def _backward_spans(problem: LinearProblem, workspace: int) -> tuple[Spans, Spans]:
     """The same for a backward pass, whose tile of gradients [rows, width] is the workspace."""
     if not problem.streams:
         return _forward_spans(problem, workspace)
-    rows, vocab_size, itemsize = problem.rows.count, problem.vocab_size, problem.operand.itemsize
+    rows, columns, itemsize = problem.rows.count, problem.columns, problem.operand.itemsize
     if problem.target.is_dense:
         itemsize += problem.dtype.itemsize
     most = plan.tile_width(rows, problem.device)
-    width = plan.stream_width(rows, vocab_size, itemsize, workspace, most)
+    width = plan.stream_width(rows, columns, itemsize, workspace, most)
     blocks = plan.spans(rows, plan.chunk_rows(rows, max(width, 1), itemsize, workspace))
-    return plan.spans(vocab_size, width, multiple=min(plan.STREAM_STEP, max(width, 1))), blocks
+    return plan.spans(columns, width, multiple=min(plan.STREAM_STEP, max(width, 1))), blocks
 
 
-def _largest(tiles: Spans, blocks: Spans) -> int:
-    return max((b - a for a, b in tiles), default=0) * max((b - a for a, b in blocks), default=0)
+def _largest(tiles: Spans, rows: int) -> int:
+    return max((b - a for a, b in tiles), default=0) * rows
+
+
+def _most_rows(problem: LinearProblem, spans: Spans) -> int:
+    """Rows that are scored here at a time, at most."""
+    return max((b - a for a, b in spans), default=0) * problem.exchange.owners
 
 
 def statistics(problem: LinearProblem, workspace: int) -> tuple[Tensor, Tensor]:
@@ -59,14 +78,14 @@ def statistics(problem: LinearProblem, workspace: int) -> tuple[Tensor, Tensor]:
     if not problem.streams:
         problem.check_topk()
     summary, argmax = problem.empty_summary()
-    tiles, blocks = _forward_spans(problem, workspace)
+    tiles, spans = _forward_spans(problem, workspace)
     if problem.streams:
         problem = replace(problem, target=problem.target.in_order())
-    elements = 0 if problem.streams else _largest(tiles, blocks)
+    elements = 0 if problem.streams else _largest(tiles, _most_rows(problem, spans))
     with borrow(elements, problem.dtype, summary.device) as flat:
-        for start, stop in blocks:
-            chunk = problem.chunk(start, stop)
-            hidden = problem.hidden(chunk)
+        for start, stop in spans:
+            own = problem.chunk(start, stop)
+            chunk, hidden = own.step.spread(problem, own)
             partial, best = problem.new_partial(chunk.size)
             for tile in tiles:
                 if problem.streams:
@@ -78,8 +97,8 @@ def statistics(problem: LinearProblem, workspace: int) -> tuple[Tensor, Tensor]:
             again = (
                 (problem.raw_logits(hidden, problem.head(*tile), flat, chunk, tile), tile) for tile in tiles
             )
-            summary[:, chunk.where] = problem.summarise(partial, chunk, again)
-            argmax[chunk.where] = best
+            of_rows = problem.summarise(partial, best, own, chunk, again)
+            summary[:, own.where], argmax[own.where] = of_rows
     return summary, argmax
 
 
@@ -87,16 +106,20 @@ def gradients(
     problem: LinearProblem, summary: Tensor, coef: Tensor, needs: Needs, workspace: int
 ) -> Gradients:
     """The gradients, in the tensors' dtypes, from the coefficients [7 or 14, N] of every row."""
+    if problem.exchange.owners > 1:
+        return _by_chunks(problem, summary, coef, needs, workspace)
     dtype, rows = problem.dtype, problem.rows
     tiles, blocks = _backward_spans(problem, workspace)
     if problem.streams:
         problem = replace(problem, target=problem.target.in_order())
+    norm = norm_rows(summary)
     coef, undo = headroom(coef, problem.operand)
     weight_grad = None
     if needs.weight_grad:
         # Without a row nothing is written to it.
         make = torch.empty_like if blocks else torch.zeros_like
         weight_grad = make(problem.weight, memory_format=torch.contiguous_format)
+        weight_grad[problem.columns :] = 0.0  # padding
     # Where dW is not rounded it is summed where it is to stand.
     rounds = problem.weight.dtype != dtype
     bias_grad = torch.zeros_like(problem.bias) if needs.bias_grad else None
@@ -108,7 +131,7 @@ def gradients(
     forms = [
         problem.form(
             chunk,
-            summary[:, chunk.where],
+            norm[:, chunk.where],
             coef[:, chunk.where].contiguous(),
             None if to_rows is None else to_rows[start:stop],
         )
@@ -117,7 +140,7 @@ def gradients(
     # Kept where that takes at most a copy of the input in its own dtype; else converted for each tile.
     kept = [problem.hidden(chunk) for chunk in chunks] if problem.streams else None
     flat_dtype = problem.operand if problem.streams else dtype
-    with borrow(_largest(tiles, blocks), flat_dtype, problem.device) as flat:
+    with borrow(_largest(tiles, _most_rows(problem, blocks)), flat_dtype, problem.device) as flat:
         for tile in tiles if blocks else ():
             head, place = problem.head(*tile), slice(*tile)
             weight_sum = None
@@ -141,12 +164,47 @@ def gradients(
                 weight_grad[place] = weight_sum
             if needs.bias_grad:
                 bias_grad[place] = bias_sum
-    if hidden_sum is not None and undo is not None:
-        hidden_sum *= undo
-    if to_rows is not None and undo is not None:
-        to_rows *= undo
+    for sums in (hidden_sum, to_rows):
+        if sums is not None and undo is not None:
+            sums *= undo
+    hidden_sum, to_rows = _over_ranks(problem, hidden_sum, to_rows)
     to_input = _place(hidden_sum, problem, problem.input)
     return Gradients(to_input, weight_grad, bias_grad, _place(to_rows, problem, problem.temperature))
+
+
+def _over_ranks(
+    problem: LinearProblem, hidden_sum: Tensor | None, to_rows: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of all rows' hidden states and temperatures, summed over the parts of the vocabulary."""
+    parts = [hidden_sum, None if to_rows is None else to_rows.unsqueeze(-1)]
+    parts = [part for part in parts if part is not None]
+    if problem.exchange.alone or not parts or not problem.rows.count:
+        return hidden_sum, to_rows
+    total = problem.exchange.step(0, problem.rows.count).reduce(torch.cat(parts, -1)).result()
+    if hidden_sum is not None:
+        hidden_sum = total[:, : hidden_sum.shape[1]]
+    return hidden_sum, None if to_rows is None else total[:, -1]
+
+
+def _by_chunks(
+    problem: LinearProblem, summary: Tensor, coef: Tensor, needs: Needs, workspace: int
+) -> Gradients:
+    """`gradients`, with the rows in chunks, so that no more than a chunk of other ranks' rows is here."""
+    how = Plan.of(problem, workspace, fusible=False)
+    sums = Gradients.unwritten(problem, needs, len(how.chunks))
+    norm, reductions = norm_rows(summary), Reductions(sums)
+    with borrow(how.elements, problem.dtype, problem.device) as memory:
+        for start, stop in how.chunks:
+            own = problem.chunk(start, stop)
+            chunk, hidden = own.step.spread(problem, own)
+            for tile in problem.tiles(chunk.size):
+                part = memory[chunk.size * tile[0] :]
+                problem.raw_logits(hidden, problem.head(*tile), part, chunk, tile)
+            of_rows = norm[:, own.where], coef[:, own.where]
+            chunk_gradients(problem, own, chunk, hidden, memory, *of_rows, reductions)
+        reductions.finish()
+    sources = (problem.input, problem.weight, problem.bias, problem.temperature)
+    return Gradients(*(None if s is None else s.to(t.dtype) for s, t in zip(sums.flat(), sources)))
 
 
 def _gradient(

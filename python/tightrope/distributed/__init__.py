@@ -1,0 +1,1 @@
+"""Vocabulary-parallel heads: who holds what, what travels, and what it costs."""
