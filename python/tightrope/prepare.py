@@ -58,8 +58,8 @@ class Space:
         here = logits.shape[-1]
         if ranks is not None and ranks.sharded:
             raise ValueError(
-                'vocab_parallel: got rows="sharded" with logits, expected rows="replicated": whose logits are '
-                "here are the tokens that are here"
+                'vocab_parallel: got rows="sharded" with logits, expected rows="replicated": logits are of '
+                "tokens that are here"
             )
         vocab_size = here if ranks is None else ranks.layout(here)
         dtype = arithmetic_dtype(logits)

@@ -86,11 +86,10 @@ class VocabParallel:
 class Agreement:
     """The ranks' agreement on one call, from its first check to the driver."""
 
-    def __init__(self, parallel: VocabParallel, what: str):
+    def __init__(self, parallel: VocabParallel):
         self.group, self.given = parallel.process_group, parallel
         self.size, self.rank = self.group.size(), self.group.rank()
         self.sharded = parallel.rows == "sharded"
-        self.what = what  # the function that was called
         self.settled = self.size == 1  # nothing that is raised from here on concerns the others
         self.spans: list[tuple[int, int]] | None = None  # first class and rows of the head of each rank
         self.start, self.vocab_size = 0, 0
@@ -157,15 +156,13 @@ class Agreement:
             self.tokens, counts = [facts[6] for facts in met], [facts[7] for facts in met]
             self._check(met)
         self.settled = True
-        widest = max(max(min(size, self.vocab_size - start), 0) for start, size in self.spans)
-        layout = [
-            x for start, size in self.spans for x in (start, max(min(size, self.vocab_size - start), 0))
-        ]
+        columns = [max(min(size, self.vocab_size - start), 0) for start, size in self.spans]
+        layout = [x for (start, _), size in zip(self.spans, columns) for x in (start, size)]
         if not self.sharded:
             counts = None
         elif rows is None:
             counts = self.tokens
-        return replace(shard, widest=widest, counts=counts, layout=layout)
+        return replace(shard, widest=max(columns), counts=counts, layout=layout)
 
     def rows_together(self, own: int) -> int:
         """Tokens that are scored here, where so many are this rank's."""
@@ -231,12 +228,9 @@ class Agreement:
                 return met  # which raises its own
             raise _ERRORS[met[rank][0]](f"vocab_parallel: rank {rank} of {self.size} had {texts[rank]}")
         lines = [texts[rank].split("\n") for rank in (0, other[0])]
-        differ = next(((a, b) for a, b in zip(*lines) if a != b), ("other arguments", "other arguments"))
-        self._refuse_options(differ, other[0])
-
-    def _refuse_options(self, differ: tuple[str, str], rank: int) -> NoReturn:
+        first, second = next(((a, b) for a, b in zip(*lines) if a != b), ("other arguments",) * 2)
         raise ValueError(
-            f"vocab_parallel: got {differ[0]} on rank 0 and {differ[1]} on rank {rank}, expected the same"
+            f"vocab_parallel: got {first} on rank 0 and {second} on rank {other[0]}, expected the same"
         )
 
 
