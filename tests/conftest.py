@@ -39,6 +39,23 @@ def _restore_global_state():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture(scope="module")
+def ranks():
+    """``ranks(3)``: a pool of so many processes (`processes.Pool`), started once for a module."""
+    from processes import Pool
+
+    pools: dict[int, Pool] = {}
+
+    def pool(size: int) -> Pool:
+        if size not in pools:
+            pools[size] = Pool(size)
+        return pools[size]
+
+    yield pool
+    for started in pools.values():
+        started.close()
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 128 entries: with few rows one is 16384 wide, and a small problem has no two to merge."""
