@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 LIMIT = 60  # seconds a task may take
+START = 300  # seconds that starting may take, where all of a machine's processes start at once
 
 
 class Failed(AssertionError):
@@ -30,6 +31,7 @@ def _serve(rank: int, size: int, store: str, inbox, outbox) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=LIMIT)
     )
+    outbox.put((rank, True, None))
     while (task := inbox.get()) is not None:
         function, args = task
         try:
@@ -58,26 +60,32 @@ class Pool:
         ]
         for process in self.ranks:
             process.start()
+        self._collect(START)
 
     def run(self, function: Callable, *args: object, limit: float = LIMIT) -> list:
         """What each rank gave. Raises Failed with the traceback of a rank that failed, or of a hang."""
         for inbox in self.inboxes:
             inbox.put((function, args))
+        try:
+            return self._collect(limit)
+        except Failed:
+            # What a rank left half done would fail the next task.
+            self.stop()
+            self._start()
+            raise
+
+    def _collect(self, limit: float) -> list:
+        """One answer of each rank."""
         results, failures = {}, {}
         while len(results) + len(failures) < self.size:
             try:
                 rank, good, value = self.outbox.get(timeout=limit)
             except queue.Empty:
                 silent = sorted(set(range(self.size)) - results.keys() - failures.keys())
-                self.stop()
-                self._start()
                 told = "".join(f"\nrank {rank}: {text}" for rank, text in failures.items())
                 raise Failed(f"ranks {silent} gave no answer in {limit} s{told}") from None
             (results if good else failures)[rank] = value
         if failures:
-            # What a rank left half done would fail the next task.
-            self.stop()
-            self._start()
             raise Failed("".join(f"\nrank {rank}: {text}" for rank, text in sorted(failures.items())))
         return [results[rank] for rank in range(self.size)]
 

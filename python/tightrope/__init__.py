@@ -6,6 +6,7 @@ from .functional import (
     linear_vocab_loss,
     linear_vocab_stats,
 )
+from .head import LMHead
 from .logits import reality_creativity_loss, vocab_loss, vocab_stats
 from .losses import BalanceWarning
 from .modules import LinearRealityCreativityLoss, RealityCreativityLoss
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BalanceWarning",
     "Classes",
+    "LMHead",
     "LinearRealityCreativityLoss",
     "MinP",
     "RealityCreativityLoss",

@@ -160,12 +160,12 @@ class ShardArguments(Arguments):
     """Which part of the vocabulary is here, where the ranks of a process group hold it together."""
 
     group: str | None = None  # its name; None: all of the vocabulary is here
-    start: int = 0  # the class of the first row of the head
+    first_class: int = 0  # of the first row of the head
     total: int = 0  # classes of the whole vocabulary: rows of the head beyond it are padding
     widest: int = 0  # rows of a rank's head, at most: what budgets are shared out by
     sharded: bool = False  # each rank has rows of its own, else all have the same
     counts: list[int] | None = None  # rows that count, of each rank; None: not known yet
-    layout: list[int] | None = None  # start and number of classes of each rank, where that is known
+    layout: list[int] | None = None  # first class and number of classes of each rank, where that is known
 
     def vocab_size(self, here: int) -> int:
         """Classes of the whole vocabulary, where so many entries are here."""

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from .ambient import has_values, may_read
 from .arguments import Arguments, LinearArguments, LogitsArguments
 from .coefficients import row_coefficients
-from .distributed.ops import same_on_ranks
+from .distributed.collectives import same_on_ranks
 from .losses import RealityCreativity
 from .statistics import FLOATING, RowStats, StatGrads, row_stats
 from .strategies import ops, own

@@ -22,11 +22,12 @@ from .prepare import (
     Scores,
     Space,
     choose_strategy,
-    gradients_of,
+    head_of,
     linear_arguments,
     rows_of,
     settled,
     target_square,
+    terms_of,
     weighted_rows,
 )
 from .statistics import RowStats, row_stats
@@ -177,6 +178,10 @@ def linear_reality_creativity_loss(
         strategy: ``"chunked"`` (three GEMMs; gradients are made in the forward pass), ``"streaming"`` (four,
             and memory for one tile of logits), or None: chunked where the workspace holds chunks of good
             size. Without gradients, or with ``reduction="none"``, it is streaming.
+        vocab_parallel: :class:`VocabParallel` where the ranks of a process group hold the vocabulary
+            together; ``weight``, ``bias`` and a dense target are then this rank's part of them. An error of
+            any rank, and arguments that differ where they must not, are raised on all of them. A weight that
+            is a DTensor says the same by its placements (docs/distributed.md).
 
     Returns:
         The loss: float32 (float64 if an input is), 0-dimensional, or the tokens' shape for ``"none"``; with
@@ -227,10 +232,10 @@ def linear_reality_creativity_loss(
     arguments = settled(
         arguments,
         space,
-        loss=family,
         reduction=reduction,
         strategy=strategy,
-        **gradients_of(input, weight, bias),
+        **terms_of(family),
+        **head_of(input, weight, bias),
     )
     square = target_square(space, target, family, ignore_index, shift)
     scores.check_balance(family, balance)
@@ -295,7 +300,7 @@ def linear_vocab_stats(
     arguments = linear_arguments(
         scores, flat, skip_ignored=skip_ignored, workspace_mb=workspace_mb, backend=backend
     )
-    arguments = settled(arguments, space, **gradients_of(input, weight, bias))
+    arguments = settled(arguments, space, **head_of(input, weight, bias))
     stats = LinearVocabStats.apply(space.rows(), weight, bias, *arguments.flat())
     return _tokens.unflatten(RowStats(*stats), space.tokens, target is not None)
 
@@ -417,7 +422,7 @@ def linear_vocab_loss(
         strategy=strategy,
     )
     arguments = settled(
-        arguments, space, reduction=reduction, strategy=strategy, **gradients_of(input, weight, bias)
+        arguments, space, reduction=reduction, strategy=strategy, **head_of(input, weight, bias)
     )
     args, hidden = rows.flatten_args(row_args), space.rows()
     chosen = choose_strategy(arguments, space, strategy, reduction, hidden, weight, bias)

@@ -17,7 +17,7 @@ from .arguments import LogitsArguments
 from .autograd import LogitsVocabStats
 from .distributed.joint import joint
 from .distributed.layout import VocabParallel
-from .prepare import Scores, Space, rows_of, settled, target_square, weighted_rows
+from .prepare import Scores, Space, rows_of, settled, target_square, terms_of, weighted_rows
 from .statistics import RowStats
 from .strategies.own import evaluate
 from .support import Classes, MinP
@@ -135,7 +135,7 @@ def reality_creativity_loss(
         reduction=reduction,
         normalizer=normalizer,
     )
-    stats = _statistics(scores, rows.target, backend, loss=family, reduction=reduction)
+    stats = _statistics(scores, rows.target, backend, reduction=reduction, **terms_of(family))
     square = target_square(space, target, family, ignore_index, shift)
     scores.check_balance(family, balance)
     loss = rows.reduce(family(stats, rows.flatten(balance), square))

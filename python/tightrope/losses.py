@@ -55,7 +55,7 @@ def warn_beyond_cliff(creativity: str, balance: float, vocab_size: int, sets: Se
         "best model is noise even where the answer is certain (docs/mathematics.md); take "
         + _REMEDIES[creativity],
         BalanceWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

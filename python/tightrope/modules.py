@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import validation
+from .distributed.layout import VocabParallel, check_vocab_parallel
 from .functional import linear_reality_creativity_loss
 from .logits import reality_creativity_loss
 from .statistics import RowStats
@@ -54,25 +55,7 @@ class _Loss(nn.Module, Generic[Result]):
                 self.register_buffer(name, value)
             else:
                 self._options[name] = value
-        terms = ("reality", "creativity", "label_smoothing", "z_loss", "logit_l2")
-        family = validation.loss_terms(1, *(options[name] for name in terms))
-        if isinstance(options["class_weight"], Tensor):
-            weight = options["class_weight"]
-            validation.class_weight(weight, weight.numel(), weight.device, family.reality)
-        temperature = options["temperature"]
-        number = 1.0 if isinstance(temperature, Tensor) else temperature
-        validation.transform(options["logit_scale"], options["softcap"], torch.float32, number)
-        if not isinstance(options["support"], Classes):
-            validation.support(options["support"], torch.Size(), torch.device("cpu"), "input")
-        if not isinstance(options["balance"], Tensor):
-            validation.number("balance", options["balance"], low=0.0, high=1.0)
-        validation.normalizer(options["normalizer"])
-        validation.choice("reduction", options["reduction"], validation.REDUCTIONS)
-        validation.integer("ignore_index", options["ignore_index"])
-        validation.integer("shift", options["shift"], low=0)
-        run = ("workspace_mb", "strategy", "skip_ignored")
-        validation.run_options(options["backend"], *(options.get(name) for name in run))
-        validation.flag("return_stats", options["return_stats"], (True, False))
+        check_options(options)
 
     def _merged(self, **per_call: object) -> dict[str, Any]:
         """The function's options: those of the module, and what a call gives in their place."""
@@ -81,10 +64,34 @@ class _Loss(nn.Module, Generic[Result]):
 
     def extra_repr(self) -> str:
         held = self._merged()
-        return ", ".join(f"{name}={_shown(held[name])}" for name in self._shown)
+        return ", ".join(f"{name}={shown(held[name])}" for name in self._shown)
 
 
-def _shown(value: object) -> str:
+def check_options(options: dict[str, Any]) -> None:
+    """Raise where an option of a loss that needs no tensors is not as the function expects it."""
+    terms = ("reality", "creativity", "label_smoothing", "z_loss", "logit_l2")
+    family = validation.loss_terms(1, *(options[name] for name in terms))
+    if isinstance(options["class_weight"], Tensor):
+        weight = options["class_weight"]
+        validation.class_weight(weight, weight.numel(), weight.device, family.reality)
+    temperature = options["temperature"]
+    number = 1.0 if isinstance(temperature, Tensor) else temperature
+    validation.transform(options["logit_scale"], options["softcap"], torch.float32, number)
+    if not isinstance(options["support"], Classes):
+        validation.support(options["support"], torch.Size(), torch.device("cpu"), "input")
+    if not isinstance(options["balance"], Tensor):
+        validation.number("balance", options["balance"], low=0.0, high=1.0)
+    validation.normalizer(options["normalizer"])
+    validation.choice("reduction", options["reduction"], validation.REDUCTIONS)
+    validation.integer("ignore_index", options["ignore_index"])
+    validation.integer("shift", options["shift"], low=0)
+    run = ("workspace_mb", "strategy", "skip_ignored")
+    validation.run_options(options["backend"], *(options.get(name) for name in run))
+    validation.flag("return_stats", options["return_stats"], (True, False))
+    check_vocab_parallel(options.get("vocab_parallel"))
+
+
+def shown(value: object) -> str:
     """A number as one, a larger tensor by its shape."""
     if not isinstance(value, Tensor):
         return repr(value)
@@ -148,6 +155,7 @@ class LinearRealityCreativityLoss(_Loss[Result]):
         workspace_mb: Number | None = None,
         backend: BackendName | None = None,
         strategy: Strategy | None = None,
+        vocab_parallel: VocabParallel | None = None,
     ):
         super().__init__({k: v for k, v in locals().items() if k not in ("self", "__class__")})
 
@@ -239,6 +247,7 @@ class RealityCreativityLoss(_Loss[Result]):
         shift: Integer = 0,
         return_stats: bool = False,
         backend: BackendName | None = None,
+        vocab_parallel: VocabParallel | None = None,
     ):
         super().__init__({k: v for k, v in locals().items() if k not in ("self", "__class__")})
 

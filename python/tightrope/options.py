@@ -11,6 +11,7 @@ from typing import Literal, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
 from torch import Tensor
 
+from .distributed.layout import VocabParallel
 from .support import Classes, MinP
 
 # A number of Python or numpy, or a tensor of one element.
@@ -34,6 +35,7 @@ class _Rows(TypedDict, total=False):
     normalizer: Number | Tensor | None
     shift: Integer
     backend: BackendName | None
+    vocab_parallel: VocabParallel | None
 
 
 class _Terms(TypedDict, total=False):

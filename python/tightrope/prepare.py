@@ -48,7 +48,7 @@ class Space:
         validation.head(input, weight, bias, least=0 if ranks else 1)
         refuse_transforms(input, weight, bias)
         dtype, here = arithmetic_dtype(input, weight, bias), weight.shape[0]
-        vocab_size = here if ranks is None else ranks.layout(here)
+        vocab_size = here if ranks is None else ranks.layout(weight)
         return cls("input", input, input.shape[:-1], vocab_size, here, dtype, ranks)
 
     @classmethod
@@ -61,7 +61,7 @@ class Space:
                 'vocab_parallel: got rows="sharded" with logits, expected rows="replicated": logits are of '
                 "tokens that are here"
             )
-        vocab_size = here if ranks is None else ranks.layout(here)
+        vocab_size = here if ranks is None else ranks.layout(logits.movedim(-1, 0))
         dtype = arithmetic_dtype(logits)
         return cls("logits", logits, logits.shape[:-1], vocab_size, here, dtype, ranks)
 
@@ -84,10 +84,10 @@ class Space:
             validation.target(target, self.tokens, width, self.device, self.owner)
         ignore_index = validation.ignore_index(ignore_index, target)
         shift = validation.shift(shift, self.tokens)
-        if shift and self.ranks is not None and self.ranks.sharded:
+        if shift and self.ranks is not None and self.ranks.cuts_sequences:
             raise ValueError(
-                f'shift: got {shift} with rows="sharded", expected 0: where a sequence is cut over ranks the '
-                "label of the last token is on another; shift the targets before they are cut"
+                f"shift: got {shift} where ranks have tokens of their own, expected 0: the label of a rank's "
+                "last token may be on another; shift the targets before they are cut"
             )
         return _tokens.flatten_target(target, self.tokens, ignore_index, shift, self.device)
 
@@ -156,8 +156,18 @@ class Rows:
 
     space: Space
     target: TokenTarget
-    scale: Tensor  # [N]
+    weight: Tensor  # [N], 0 where a row does not count
     reduction: str
+    normalizer: float | Tensor | None  # what "mean" divides by
+    total: Tensor | None  # in its place where none is given: of the tokens that are here
+
+    @property
+    def scale(self) -> Tensor:
+        """What the losses are multiplied by, [N]; asked for once, when ranks have agreed on the call."""
+        total = self.total
+        if total is not None and self.space.ranks is not None:
+            total = self.space.ranks.total(total)
+        return _tokens.row_scale(self.weight, self.reduction, self.normalizer, total)
 
     def flatten(self, value: Tensor | float) -> Tensor:
         """A number or a per-token tensor as [N], 0 where a row does not count."""
@@ -209,14 +219,13 @@ def rows_of(
     if class_weight is not None:
         flat.part(Target).check_range(flat.valid, space.vocab_size)
         flat, of_class = _tokens.with_class_weight(flat, class_weight, label_smoothing)
+    total = None
     if reduction == "mean" and normalizer is None:
         if row_weight is not None:
             validation.weights_of_one_sign(weight)
         counted = weight if of_class is None else weight * of_class.to(space.dtype)
         total = counted.sum() if flat.valid is None else torch.where(flat.valid, counted, 0.0).sum()
-    else:
-        total = None
-    return Rows(space, flat, _tokens.row_scale(weight, reduction, normalizer, total), reduction)
+    return Rows(space, flat, weight, reduction, normalizer, total)
 
 
 def weighted_rows(
@@ -276,13 +285,21 @@ def settled(arguments: _Arguments, space: Space, **options: object) -> _Argument
     alike = {"dtype of the arithmetic": space.dtype, f"dtype of {space.owner}": space.like.dtype, **options}
     for name in arguments._names:
         value = getattr(arguments, name)
-        if isinstance(value, Tensor):
-            value = (
-                f"a tensor of {value.dtype}" if name == "dense" else f"{value.dtype}{list(value.shape[1:])}"
-            )
-        if name != "valid":
-            alike[name] = value
-    return replace(arguments, **vars(space.ranks.settle(space.like, space.here, rows, alike)))
+        if name == "valid":
+            name, value = "masked rows", rows is None
+        elif isinstance(value, Tensor):
+            width = "" if name == "dense" else list(value.shape[1:])
+            learned = torch.is_grad_enabled() and value.requires_grad
+            value = f"{value.dtype}{width}{' that requires grad' if learned else ''}"
+        alike[name] = value
+    width = space.like.shape[-1] if space.owner == "input" else 0
+    shard = space.ranks.settle(space.like, width, space.here, rows, alike)
+    if shard.sharded and shard.layout is None and arguments.dense is not None:
+        raise ValueError(
+            'target: got a distribution with rows="sharded" where ranks do not talk before the call (under '
+            "torch.compile, or with skip_ignored=False on GPUs), expected class indices or a TopKTarget"
+        )
+    return replace(arguments, **vars(shard))
 
 
 def linear_arguments(
@@ -304,11 +321,17 @@ def linear_arguments(
     return LinearArguments(**scores.arguments(target), backend=backend, skip=skip, workspace=workspace)
 
 
-def gradients_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, object]:
-    """Which gradients are wanted: what ranks must have alike, as it decides on the driver."""
+def terms_of(family: RealityCreativity) -> dict[str, object]:
+    """What of a loss ranks must have alike; of the vocabulary's size there is another word."""
+    return {name: value for name, value in vars(family).items() if name != "vocab_size"}
+
+
+def head_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, object]:
+    """What of a head ranks must have alike, as it decides on the driver: its dtype, and wanted gradients."""
     on = torch.is_grad_enabled()
     named = {"input": input, "weight": weight, "bias": bias}
-    return {f"gradient of {k}": on and t is not None and t.requires_grad for k, t in named.items()}
+    wanted = {f"gradient of {k}": on and t is not None and t.requires_grad for k, t in named.items()}
+    return {"dtype of weight": weight.dtype, **wanted}
 
 
 def choose_strategy(

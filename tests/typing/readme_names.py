@@ -3,6 +3,8 @@
 from torch import Tensor
 
 advantage: Tensor
+head_rows: Tensor
+targets: Tensor
 class_weight: Tensor
 balance_logit: Tensor
 teacher_indices: Tensor

@@ -233,7 +233,8 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         "with a huge one, and how time and memory grow with N and V.",
         epilog="Written to the output folder: bench.csv, every figure with machine, versions and commit; "
         "bench.md, the tables; floor.png, and against-V.png and against-N.png where V or N has several "
-        "values. Files of these names are replaced. benchmarks/README.md says what the columns mean. "
+        "values. With --processes: parallel.csv and parallel.md. Files of these names are replaced. "
+        "benchmarks/README.md says what the columns mean. "
         "Ctrl-C leaves what was written.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
     )
@@ -261,12 +262,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     )
     bench.add_argument("--dtype", choices=list(DTYPES), help="(float32; bfloat16 on cuda)")
     bench.add_argument("--device", choices=["cpu", "cuda"], help="(cuda where there is one)")
-    bench.add_argument(
-        "--loss",
-        choices=list(LOSSES),
-        default=next(iter(LOSSES)),
-        help="(%(default)s)",
-    )
+    bench.add_argument("--loss", choices=list(LOSSES), default=next(iter(LOSSES)), help="(%(default)s)")
     bench.add_argument(
         "--competitor",
         action="append",
@@ -280,6 +276,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         metavar="S",
         help="of rounds a competitor; long rounds take more, three of them or fewer (%(default)s)",
     )
+    bench.add_argument("--processes", type=_count, metavar="P", help="share the step among P processes here")
     bench.add_argument(
         "--out", type=Path, metavar="FOLDER", default=Path("bench-results"), help="(%(default)s)"
     )
@@ -323,6 +320,10 @@ def _refuse_repeated(option: str, what: str, names: Sequence[str]) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     _need("bench", BENCH_EXTRA)
+    if args.processes is not None:
+        from .bench.parallel import command
+
+        return command(args)
     from .bench.inputs import cache_file
     from .bench.runner import Options, run
 

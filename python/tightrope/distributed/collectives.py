@@ -13,11 +13,42 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+
+from ..ambient import may_read
 
 
 def group_of(name: str) -> dist.ProcessGroup:
+    # Here, as not every build of torch has it.
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
     return _resolve_process_group(name)
+
+
+def over_ranks(value: Tensor, group: str) -> Tensor:
+    """The sum over the ranks of a group, in rank order, on each of them; also in a compiled graph."""
+    return sum_in_order(_gather_small(value, group))
+
+
+def same_on_ranks(value: Tensor, group: str) -> Tensor:
+    """The value, where all ranks have the same one; else an error, or NaN where it cannot be looked at."""
+    values = _gather_small(value, group)
+    alike = (values == values[0]).all(0) | values.isnan().all(0)
+    if may_read(alike) and not alike.all():
+        raise RuntimeError(
+            f"vocab_parallel: got losses that are multiplied by {values.flatten().tolist()} on the ranks of "
+            'rows="sharded", expected one number: their gradients were made together in the forward pass; '
+            'give the weights as row_weight or normalizer, or take strategy="streaming"'
+        )
+    return torch.where(alike, value, torch.nan)
+
+
+def _gather_small(value: Tensor, group: str) -> Tensor:
+    """The value of each rank, [P, ...]."""
+    if torch.compiler.is_compiling():
+        from torch.distributed import _functional_collectives
+
+        return _functional_collectives.all_gather_tensor(value.unsqueeze(0), 0, group)
+    return gather(value, group_of(group))
 
 
 def gather(value: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -27,7 +58,9 @@ def gather(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = value.new_empty((size, *value.shape))
     if size == 1 or not value.numel():
         return out.copy_(value)
-    dist.all_gather_into_tensor(_bytes(out), _bytes(value), group=group)
+    # The name since torch 2.13, which warns of the older one.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(_bytes(out), _bytes(value), group=group)
     return out
 
 

@@ -99,7 +99,7 @@ class Replicated(Step):
         share = -(-rows // size)
         if share * size > rows:
             sums = torch.cat([sums, sums.new_zeros(share * size - rows, sums.shape[1])])
-        return Reduction(sums.view(size, share, -1), self.group, rows, gathered=True)
+        return Reduction(sums.view(size, share, sums.shape[1]), self.group, rows, gathered=True)
 
 
 @dataclass(frozen=True)

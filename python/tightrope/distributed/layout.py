@@ -21,12 +21,28 @@ from .. import validation
 from ..ambient import has_values
 from ..arguments import ShardArguments
 from . import collectives
-from .ops import over_ranks
 
 ROWS = ("replicated", "sharded")
-_FACTS = 9
+FACTS = 9  # int64 that each rank tells
 _TEXT = 2048  # bytes of the message that travels where ranks differ
 _ERRORS = {1: RuntimeError, 2: ValueError, 3: TypeError, 4: IndexError}
+
+
+def process_group(group: object) -> dist.ProcessGroup:
+    """A process group, or that of a one-dimensional mesh, else TypeError or ValueError."""
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"group: got a DeviceMesh of {group.ndim} dimensions, expected one of them, such as "
+                'mesh["tp"]'
+            )
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group: got {type(group).__name__}, expected a torch.distributed ProcessGroup of which this "
+            "process is a member, or a one-dimensional DeviceMesh"
+        )
+    return group
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,25 +78,19 @@ class VocabParallel:
     process_group: dist.ProcessGroup = field(init=False, repr=False)
 
     def __post_init__(self):
-        group = self.group
-        if isinstance(group, DeviceMesh):
-            if group.ndim != 1:
-                raise ValueError(
-                    f"group: got a DeviceMesh of {group.ndim} dimensions, expected one of them, such as "
-                    'mesh["tp"]'
-                )
-            group = group.get_group()
-        if not isinstance(group, dist.ProcessGroup):
-            raise TypeError(
-                f"group: got {type(group).__name__}, expected a torch.distributed ProcessGroup of which this "
-                "process is a member, or a one-dimensional DeviceMesh"
-            )
-        object.__setattr__(self, "process_group", group)
+        object.__setattr__(self, "process_group", process_group(self.group))
         if self.vocab_size is not None:
             object.__setattr__(self, "vocab_size", validation.integer("vocab_size", self.vocab_size, low=1))
         if self.start is not None:
             object.__setattr__(self, "start", validation.integer("start", self.start, low=0))
         validation.choice("rows", self.rows, ROWS)
+
+
+def check_vocab_parallel(value: object) -> None:
+    """The argument of that name, checked."""
+    if value is not None and not isinstance(value, VocabParallel):
+        kind = type(value).__name__
+        raise TypeError(f"vocab_parallel: got {kind}, expected tightrope.VocabParallel or None")
 
 
 class Agreement:
@@ -95,6 +105,11 @@ class Agreement:
         self.start, self.vocab_size = 0, 0
         self.tokens: list[int] | None = None  # of each rank
 
+    @property
+    def cuts_sequences(self) -> bool:
+        """Whether the next token of a rank's last one may be on another rank."""
+        return self.sharded
+
     def __enter__(self) -> Agreement:
         return self
 
@@ -104,9 +119,9 @@ class Agreement:
             self.settled = True
             self._meet([_code(error)], _text_of(error))
 
-    def layout(self, here: int) -> int:
-        """The number of classes of the vocabulary, where the head has so many rows here."""
-        given = self.given
+    def layout(self, head: Tensor) -> int:
+        """The number of classes of the vocabulary, of which those of head [V_local, ...] are here."""
+        given, here = self.given, head.shape[0]
         start, vocab_size = given.start, given.vocab_size
         if self.size == 1:
             self.spans, start = [(0, here)], 0
@@ -116,7 +131,8 @@ class Agreement:
                     "vocab_parallel: got vocab_size or start None under torch.compile, expected both: ranks "
                     "cannot talk while a graph is traced"
                 )
-            met = self._meet([0, 1, here, -1 if start is None else start, vocab_size or -1])
+            own = [0, 1, here, -1 if start is None else start, vocab_size or -1, _print_of(head)]
+            met = self._meet(own)
             rows, starts = [facts[2] for facts in met], [facts[3] for facts in met]
             if len({facts[4] for facts in met}) > 1 or len({s < 0 for s in starts}) > 1:
                 given = [
@@ -124,6 +140,8 @@ class Agreement:
                     for s, f in zip(starts, met)
                 ]
                 self._refuse("one vocab_size, and start on all ranks or on none", given)
+            if met[0][5] and len({tuple(facts[2:6]) for facts in met}) == 1:
+                self._refuse("a part of the vocabulary on each rank", [f"the same {here} rows"] * self.size)
             if start is None:
                 starts = [sum(rows[:i]) for i in range(self.size)]
             self.spans, start = list(zip(starts, rows)), starts[self.rank]
@@ -132,17 +150,18 @@ class Agreement:
         return self.vocab_size
 
     def settle(
-        self, value: Tensor, here: int, rows: int | None, options: dict[str, object]
+        self, value: Tensor, width: int, here: int, rows: int | None, options: dict[str, object]
     ) -> ShardArguments:
         """Agree, and give what the driver is told.
 
-        value: what has the tokens, [..., D]. rows: those that count; None where that is not looked at.
-        options: what all ranks must have alike.
+        value: what has the tokens. width: D of hidden states, 0 for logits. rows: those that count; None
+        where that is not looked at. options: what all ranks must have alike.
         """
         shard = ShardArguments(self.group.group_name, self.start, self.vocab_size, sharded=self.sharded)
         counts = [rows]
-        silent = rows is None and self.spans is None and _device_of(self.group).type != "cpu"
-        if self.size > 1 and (silent or not has_values(value)):
+        unread = rows is None and self.spans is None
+        silent = not has_values(value) or (unread and _device_of(self.group).type != "cpu")
+        if self.size > 1 and silent:
             self.settled = True
             return replace(shard, widest=-(-self.vocab_size // self.size))
         tokens = value.shape[:-1].numel()
@@ -150,7 +169,7 @@ class Agreement:
             self.tokens = [tokens]
         else:
             text = "\n".join(f"{name}={option}" for name, option in options.items())
-            own = [0, 2, here, self.start, self.vocab_size, value.shape[-1], tokens]
+            own = [0, 2, here, self.start, self.vocab_size, width, tokens]
             met = self._meet([*own, -1 if rows is None else rows, zlib.crc32(text.encode())], text)
             self.spans = [(facts[3], facts[2]) for facts in met]
             self.tokens, counts = [facts[6] for facts in met], [facts[7] for facts in met]
@@ -164,6 +183,16 @@ class Agreement:
             counts = self.tokens
         return replace(shard, widest=max(columns), counts=counts, layout=layout)
 
+    def join(self, value: Tensor, rows: int | None) -> None:
+        """Agree on nothing but that no rank has an error, where that costs no wait for a device."""
+        if has_values(value) and (rows is not None or _device_of(self.group).type == "cpu"):
+            self._meet([0])
+        self.settled = True
+
+    def total(self, own: Tensor) -> Tensor:
+        """What "mean" divides by, where the tokens of this rank alone give this much."""
+        return own
+
     def rows_together(self, own: int) -> int:
         """Tokens that are scored here, where so many are this rank's."""
         if not self.sharded:
@@ -173,7 +202,7 @@ class Agreement:
     def sum_of_columns(self, dense: Tensor, sums: Callable[[Tensor], Tensor]) -> Tensor:
         """Sums over the classes of a distribution, of which each rank has some."""
         columns = max(min(dense.shape[-1], self.vocab_size - self.start), 0)
-        return over_ranks(sums(dense[..., :columns]), self.group.group_name)
+        return collectives.over_ranks(sums(dense[..., :columns]), self.group.group_name)
 
     def _check(self, met: list[list[int]]) -> None:
         """Raise, on all ranks alike, where what they met with does not fit together."""
@@ -206,7 +235,7 @@ class Agreement:
     def _meet(self, facts: list[int], text: str = "") -> list[list[int]]:
         """The facts of each rank. Raises on all of them where one has an error, or other options."""
         device = _device_of(self.group)
-        own = torch.tensor(facts + [0] * (_FACTS - len(facts)), device=device)
+        own = torch.tensor(facts + [0] * (FACTS - len(facts)), device=device)
         met = collectives.gather(own, self.group).tolist()
         wrong = [rank for rank, facts in enumerate(met) if facts[0]]
         if not wrong and len({facts[1] for facts in met}) > 1:
@@ -236,6 +265,17 @@ class Agreement:
 
 def _code(error: Exception) -> int:
     return next((code for code, kind in _ERRORS.items() if code > 1 and isinstance(error, kind)), 1)
+
+
+def _print_of(head: Tensor) -> int:
+    """A number that two different heads hardly share; 0 for one that may be like others."""
+    if head.shape[0] < 2 or not has_values(head):
+        return 0
+    ends = head.detach()[[0, -1]].double().cpu()
+    if torch.equal(*ends):
+        return 0
+    bits = ends.view(torch.int64).flatten()
+    return int((bits * torch.arange(1, 2 * len(bits), 2)).sum())  # wraps
 
 
 def _text_of(error: Exception) -> str:

@@ -151,27 +151,20 @@ class Plan:
     @classmethod
     def of(cls, problem: LinearProblem, workspace: int, fusible: bool) -> Plan:
         """workspace: bytes for a chunk's logits. fusible: the loss can go by one launch."""
-        exchange, vocab_size, dtype = problem.exchange, problem.widest, problem.dtype
-        count, ranks = exchange.most_rows(problem.rows.count), exchange.owners
-        sizes = plan.sizes(problem.device)
-
-        def chunks(row: int) -> list[tuple[int, int]]:
-            size = plan.chunk_rows(count * ranks, row, dtype.itemsize, workspace)
-            size = max(min(size, sizes.max_chunk_rows) // ranks, 1)
-            return plan.spans(count, size, plan.ROW_MULTIPLE)
+        exchange, entries, dtype = problem.exchange, problem.widest, problem.dtype
+        rows, owners = exchange.most_rows(problem.rows.count), exchange.owners
 
         def most(spans: list[tuple[int, int]]) -> int:
-            return max((stop - start for start, stop in spans), default=0) * ranks
+            return max((stop - start for start, stop in spans), default=0) * owners
 
         if fusible:
-            stride = -(-vocab_size // plan.ROW_STRIDE) * plan.ROW_STRIDE
-            whole = chunks(stride)
+            stride = -(-entries // plan.ROW_STRIDE) * plan.ROW_STRIDE
+            whole = plan.chunk_spans(rows, owners, stride, dtype.itemsize, workspace, problem.device)
             if whole and problem.fuses(whole[0][1]):
                 return cls(whole, most(whole), stride, True)
-        # Beside the logits, a tile of their gradients where that is narrower.
-        tile = min(vocab_size, plan.tile_width(count * ranks, problem.device))
-        narrow = 0 if problem.operand == dtype else tile // 2
-        spans = chunks(vocab_size + narrow)
+        spans = plan.tiled_chunk_spans(
+            rows, owners, entries, dtype, problem.operand, workspace, problem.device
+        )
         return cls(spans, most(spans), problem.columns, False)
 
 

@@ -14,8 +14,7 @@ from .problem import Chunk, LogitsProblem
 
 def _chunks(problem: LogitsProblem) -> Iterator[tuple[Chunk, Tensor]]:
     """Chunks of rows, each with its logits, of unit stride along the vocabulary."""
-    rows = max(1, plan.sizes(problem.device).dense_logits // problem.widest)
-    for start, stop in plan.spans(problem.rows.total, rows):
+    for start, stop in plan.logits_spans(problem.rows.total, problem.widest, problem.device):
         logits = problem.logits[start:stop, : problem.columns]
         chunk = problem.chunk(start, stop)
         yield chunk, logits if logits.stride(1) == 1 or problem.columns == 1 else logits.contiguous()

@@ -102,6 +102,17 @@ def widens(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
+def result_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic for tensors of these: float64 where any of them is, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def operand_dtype(input: torch.dtype, weight: torch.dtype, result: torch.dtype, exact: bool) -> torch.dtype:
+    """The dtype of what goes into GEMMs: the tensors' own where products of such are exact in float32."""
+    own = input == weight and result == torch.float32
+    return input if own and exact else result
+
+
 def headroom(coef: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """(coefficients, what undoes their scale) for gradients of a dtype.
 

@@ -71,7 +71,7 @@ def _logits_problem(logits: Tensor, arguments: LogitsArguments) -> LogitsProblem
 def _scoring(arguments: LogitsArguments, rows: Rows, here: int, device: torch.device) -> dict[str, object]:
     """The fields that both kinds of problem have. here: entries of the vocabulary, padding included."""
     target, sets, vocab_size = arguments.part(Target), RowSets.of(arguments), arguments.vocab_size(here)
-    columns = max(min(here, vocab_size - arguments.start), 0)
+    columns = max(min(here, vocab_size - arguments.first_class), 0)
     target.check_range(arguments.valid, vocab_size)
     if sets is not None:
         sets.check_range(arguments.valid, vocab_size)
@@ -79,9 +79,9 @@ def _scoring(arguments: LogitsArguments, rows: Rows, here: int, device: torch.de
         "target": target,
         "rows": rows,
         "vocab_size": vocab_size,
-        "offset": arguments.start,
+        "offset": arguments.first_class,
         "columns": columns,
-        "widest": max(arguments.widest, columns),
+        "widest": columns if arguments.group is None else max(arguments.widest, 1),
         "exchange": Exchange.of(arguments, rows.count, device),
         "sets": sets,
         "transform": arguments.part(Transform),

@@ -103,6 +103,52 @@ def chunk_rows(rows: int, vocab_size: int, itemsize: int, workspace: int) -> int
     return max(1, min(rows, workspace // (vocab_size * itemsize)))
 
 
+def chunk_spans(
+    rows: int, owners: int, row: int, itemsize: int, workspace: int, device: torch.device
+) -> list[tuple[int, int]]:
+    """Spans of rows that the chunked strategy goes by: so many elements of the workspace a row.
+
+    rows: of the rank that has most, where so many owners have rows of their own in a span.
+    """
+    size = min(chunk_rows(rows * owners, row, itemsize, workspace), sizes(device).max_chunk_rows)
+    return spans(rows, max(size // owners, 1), ROW_MULTIPLE)
+
+
+def tiled_chunk_spans(
+    rows: int,
+    owners: int,
+    entries: int,
+    dtype: torch.dtype,
+    operand: torch.dtype,
+    workspace: int,
+    device: torch.device,
+) -> list[tuple[int, int]]:
+    """The same where a chunk's logits, of so many entries, go by tile by tile.
+
+    dtype: of the arithmetic. operand: of what goes into GEMMs.
+    """
+    # Beside the logits, a tile of their gradients where that is narrower.
+    tile = min(entries, tile_width(rows * owners, device))
+    narrow = 0 if operand == dtype else tile // 2
+    return chunk_spans(rows, owners, entries + narrow, dtype.itemsize, workspace, device)
+
+
+def streaming_spans(
+    rows: int, owners: int, entries: int, itemsize: int, workspace: int, device: torch.device
+) -> list[tuple[int, int]]:
+    """Spans of rows that share a tile of the vocabulary, for ranks of which none has more entries of it."""
+    together = rows * owners
+    width = min(tile_width(together, device), entries)
+    block = chunk_rows(together, max(width, 1), itemsize, workspace)
+    block = min(block, sizes(device).streaming_rows)
+    return spans(rows, max(block // owners, 1), ROW_MULTIPLE)
+
+
+def logits_spans(rows: int, entries: int, device: torch.device) -> list[tuple[int, int]]:
+    """Spans of rows of logits that exist already."""
+    return spans(rows, max(1, sizes(device).dense_logits // entries))
+
+
 def stream_width(rows: int, vocab_size: int, itemsize: int, workspace: int, most: int) -> int:
     """Entries of the vocabulary whose gradients [rows, width] fit the workspace."""
     width = workspace // (max(rows, 1) * itemsize) // STREAM_STEP * STREAM_STEP

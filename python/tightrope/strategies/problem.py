@@ -28,7 +28,7 @@ from ..statistics import (
 from ..support import RowSets
 from ..targets import Target, TargetChunk, out_of_range
 from . import plan
-from .gemm import multiply, widens
+from .gemm import multiply, operand_dtype, result_dtype, widens
 
 
 @dataclass(frozen=True)
@@ -238,9 +238,8 @@ class LinearProblem(_Scored):
     @cached_property
     def operand(self) -> torch.dtype:
         """The dtype of what goes into GEMMs: the tensors' own where that can give float32."""
-        own = self.input.dtype == self.weight.dtype and self.dtype == torch.float32
         exact = self.streams or widens(self.device, self.input.dtype)
-        return self.input.dtype if own and exact else self.dtype
+        return operand_dtype(self.input.dtype, self.weight.dtype, self.dtype, exact)
 
     @property
     def device(self) -> torch.device:
@@ -362,5 +361,4 @@ class LogitsProblem(_Scored):
 
 
 def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32
+    return result_dtype(*(t.dtype for t in tensors if t is not None))

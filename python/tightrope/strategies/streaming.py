@@ -42,13 +42,9 @@ def _forward_spans(problem: LinearProblem, workspace: int) -> tuple[Spans, Spans
 
 def _agreed_spans(problem: LinearProblem, workspace: int) -> Spans:
     """Spans of rows that are the same on every rank, whatever it has of the vocabulary."""
-    exchange = problem.exchange
+    exchange, itemsize = problem.exchange, problem.dtype.itemsize
     most = exchange.most_rows(problem.rows.count)
-    together = most * exchange.owners
-    width = min(plan.tile_width(together, problem.device), problem.widest)
-    block = plan.chunk_rows(together, max(width, 1), problem.dtype.itemsize, workspace)
-    block = min(block, plan.sizes(problem.device).streaming_rows)
-    return plan.spans(most, max(block // exchange.owners, 1), plan.ROW_MULTIPLE)
+    return plan.streaming_spans(most, exchange.owners, problem.widest, itemsize, workspace, problem.device)
 
 
 def _backward_spans(problem: LinearProblem, workspace: int) -> tuple[Spans, Spans]:

@@ -72,7 +72,7 @@ def first_step(step: Step, competitor: Competitor, loss: Loss, case: Case) -> tu
         work()
         step.forget_gradients()
     gc.collect()
-    _give_back_free_memory()
+    give_back_free_memory()
     peak = peak_bytes(work)
     return max(0, peak - case.gradient_bytes), value
 
@@ -82,7 +82,7 @@ def small_step(case: Case) -> Step:
     return make_step(replace(case, rows=8, vocab=64, inputs="random"))
 
 
-def _give_back_free_memory() -> None:
+def give_back_free_memory() -> None:
     """What glibc keeps for later would hide what the step takes; other C libraries have no such call."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

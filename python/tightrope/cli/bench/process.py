@@ -1,4 +1,4 @@
-"""A function called in a process of its own, so that its memory holds nothing else and its end is not ours.
+"""Functions called in processes of their own: their memory holds nothing else, and their end is not ours.
 
 The processes are forked from a server that has loaded the code and run none of it: that is quicker than to
 load PyTorch each time, and safe, since no thread has been started there.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
 
 SECONDS = 900
 PARTING_SECONDS = 10
@@ -28,22 +29,47 @@ def call(function: Callable, *arguments: object, seconds: float = SECONDS) -> ob
 
     Raises Failed where it raises, dies, or takes more than so many seconds.
     """
-    receiver, sender = _CONTEXT.Pipe(duplex=False)
-    child = _CONTEXT.Process(target=_answer, args=(sender, function, arguments))
-    child.start()
-    sender.close()
+    return call_all(function, [arguments], seconds)[0]
+
+
+def call_all(function: Callable, calls: Sequence[tuple], seconds: float = SECONDS) -> list[object]:
+    """What it returns for each of the calls, which run at the same time, each in a process of its own.
+
+    Raises Failed where one of them fails (the first that does), and ends the others.
+    """
+    children: dict[Connection, multiprocessing.Process] = {}
+    results: dict[Connection, object] = {}
     try:
-        if not receiver.poll(seconds):
-            raise Failed(f"more than {seconds:g} s")
+        for arguments in calls:
+            receiver, sender = _CONTEXT.Pipe(duplex=False)
+            child = _CONTEXT.Process(target=_answer, args=(sender, function, arguments))
+            child.start()
+            children[receiver] = child
+            sender.close()
+        deadline = time.monotonic() + seconds
+        while len(results) < len(children):
+            silent = [receiver for receiver in children if receiver not in results]
+            ready = wait(silent, max(deadline - time.monotonic(), 0))
+            if not ready:
+                raise Failed(f"more than {seconds:g} s")
+            for receiver in ready:
+                results[receiver] = _received(receiver, children[receiver])
+        for child in children.values():
+            child.join(PARTING_SECONDS)
+    finally:
+        for receiver, child in children.items():
+            receiver.close()
+            child.kill()
+            child.join()
+    return [results[receiver] for receiver in children]
+
+
+def _received(receiver: Connection, child: multiprocessing.Process) -> object:
+    try:
         result, error = receiver.recv()
-        child.join(PARTING_SECONDS)
     except EOFError:
         child.join()
         raise Failed(f"exit code {child.exitcode}") from None
-    finally:
-        receiver.close()
-        child.kill()
-        child.join()
     if error is not None:
         raise Failed(error)
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,10 +37,15 @@ class Options:
     out: Path
 
 
-def run(options: Options) -> None:
+def new_console() -> Console:
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
+    return console
+
+
+def run(options: Options) -> None:
+    console = new_console()
     competitors = _chosen(options.competitors)
     loss = LOSSES[options.loss]
     if any(case.inputs == "real" for case in options.cases) and not cache_file().is_file():
@@ -56,7 +61,7 @@ def _run(options: Options, console: Console, loss: Loss, competitors: list[Compe
     with (
         CsvLog(options.out / "bench.csv", report.COLUMNS) as log,
         output.scratch() as scratch,
-        _progress(console) as progress,
+        progress_of_cases(console) as progress,
     ):
         machine = describe(competitors)
         task = progress.add_task(
@@ -72,13 +77,18 @@ def _run(options: Options, console: Console, loss: Loss, competitors: list[Compe
         console.print(table)
 
 
+def matching(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The names that have one of the wanted parts in them; all of them where no part is wanted."""
+    for part in wanted:
+        if not any(part in name for name in names):
+            raise UserError(f"--competitor: got {part!r}, expected parts of: {', '.join(names)}")
+    return [name for name in names if not wanted or any(part in name for part in wanted)]
+
+
 def _chosen(wanted: list[str]) -> list[Competitor]:
     known = all_competitors()
-    for part in wanted:
-        if not any(part in c.name for c in known):
-            names = ", ".join(c.name for c in known)
-            raise UserError(f"--competitor: got {part!r}, expected parts of: {names}")
-    return [c for c in known if not wanted or any(part in c.name for part in wanted)]
+    names = matching(wanted, [c.name for c in known])
+    return [c for c in known if c.name in names]
 
 
 def _measured(
@@ -104,7 +114,7 @@ def _measured(
         yield competitor.name, row | {"skipped": reason or ""}
 
 
-def _progress(console: Console) -> Progress:
+def progress_of_cases(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),

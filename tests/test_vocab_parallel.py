@@ -1,0 +1,157 @@
+"""A vocabulary over ranks gives what one process gives: every loss, target, option, strategy and layout.
+
+Real processes over gloo. A task runs many trials in one go, as a message to the ranks costs more than a
+trial; every trial is named in what it reports.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+import tightrope
+from shards import Trial, differences
+
+STRATEGIES = ("chunked", "streaming")
+# Rows of each rank's head, of 29 classes (a prime): even with padding, uneven, a rank without any.
+LAYOUTS = {
+    2: [(15, 15), (4, 25), (0, 29)],
+    3: [(10, 10, 10), (20, 8, 1), (14, 0, 15)],
+    4: [(8, 8, 8, 8), (1, 2, 3, 23), (0, 29, 0, 0)],
+}
+# Tokens of each rank where each has its own: a rank without any, and ones that fill chunks unevenly.
+TOKENS = {2: (9, 4), 3: (0, 9, 4), 4: (3, 0, 9, 1)}
+SMALL = {"workspace_mb": 1e-3}  # several chunks
+LOSSES = [
+    {},
+    {"balance": 0.2, "creativity": "collision", "label_smoothing": 0.1},
+    {"balance": 0.05, "creativity": "entropy", "z_loss": 0.01, "logit_l2": 0.02, "softcap": 4.0},
+    {"balance": 0.1, "creativity": "support_entropy", "logit_scale": 0.7, "temperature": 1.3},
+    {"balance": 0.3, "reality": "squared_error", "creativity": "collision", "label_smoothing": 0.1},
+]
+
+
+def report(rank: int, trials: list[Trial], rtol: float = 1e-12) -> list[str]:
+    return [line for trial in trials for line in differences(trial, rank, rtol)]
+
+
+def check(pool, trials: list[Trial], *rtol: float) -> None:
+    wrong = [line for lines in pool.run(report, trials, *rtol) for line in lines]
+    assert not wrong, "\n".join(wrong[:10])
+
+
+def layouts(size: int, rows: str) -> list[dict]:
+    tokens = TOKENS[size] if rows == "sharded" else (13,)
+    return [
+        {"sizes": sizes, "rows": rows, "tokens": tokens, "given": given}
+        for sizes, given in zip(LAYOUTS[size], (True, sum(LAYOUTS[size][1]) > 29, False))
+    ]
+
+
+everywhere = pytest.mark.parametrize("size", [2, 3, 4])
+both = pytest.mark.parametrize("rows", ["replicated", "sharded"])
+
+
+@everywhere
+@both
+def test_losses_targets_and_strategies(ranks, size, rows):
+    """Would catch a statistic that is merged wrongly, or a target looked for in the wrong shard."""
+    trials = [
+        Trial(**layout, target=target, options={**loss, "strategy": strategy, **SMALL})
+        for layout, target, loss, strategy in itertools.product(
+            layouts(size, rows), ("index", "topk", "dense"), LOSSES, STRATEGIES
+        )
+    ]
+    check(ranks(size), trials)
+
+
+TENSORS = [
+    {"tensors": ("balance",), "leaves": ("input", "weight", "balance")},
+    {"tensors": ("row_weight",), "leaves": ("input", "weight", "row_weight")},
+    {"tensors": ("row_weight",)},  # weights that are not learned
+    {"tensors": ("temperature",), "leaves": ("input", "weight", "bias", "temperature")},
+    {"tensors": ("temperature",), "leaves": ("temperature",)},
+    {"tensors": ("class_weight",), "options": {"label_smoothing": 0.1}},
+    {"tensors": ("class_weight",)},
+    {"tensors": ("classes",), "options": {"creativity": "support_entropy", "balance": 0.1}},
+    {
+        "tensors": ("classes", "temperature"),
+        "options": {"creativity": "support_entropy", "balance": 0.1},
+        "leaves": ("input", "weight", "temperature"),
+    },
+    {"without": ("bias",), "leaves": ("input", "weight")},
+    {"leaves": ("weight",)},
+    {"leaves": ("input",)},
+    {"options": {"reduction": "none"}},
+    {"options": {"reduction": "sum", "skip_ignored": False}},
+    {"options": {"reduction": "sum"}, "ignored": 1.0},
+]
+
+
+@everywhere
+@both
+def test_tensors_and_reductions(ranks, size, rows):
+    """Would catch a per-token tensor that stays with the wrong rows, or a gradient that is not summed."""
+    trials = []
+    for case, strategy, layout in itertools.product(TENSORS, STRATEGIES, layouts(size, rows)[:2]):
+        options = {**case.get("options", {}), "strategy": strategy, **SMALL}
+        trials.append(Trial(**layout, **{**case, "options": options}))
+    check(ranks(size), trials)
+
+
+@everywhere
+@both
+def test_own_losses_and_statistics(ranks, size, rows):
+    """Would catch a statistic without its gradient over ranks, and row_args of another rank's rows."""
+    trials = []
+    for layout, target, support in itertools.product(
+        layouts(size, rows), ("index", "topk", "none"), (None, tightrope.MinP(0.1))
+    ):
+        common = {**layout, "target": target}
+        trials.append(Trial(**common, function="stats", options={"support": support, **SMALL}))
+        for strategy in STRATEGIES:
+            options = {"support": support, "strategy": strategy, **SMALL}
+            scaled = {"tensors": ("scale",), "leaves": ("input", "weight", "bias", "scale")}
+            trials.append(Trial(**common, function="own", options=options, **scaled))
+    check(ranks(size), trials)
+
+
+@everywhere
+def test_logits(ranks, size):
+    """Would catch logits whose columns are counted from the shard and not from the vocabulary."""
+    trials = [
+        Trial(**layout, function="logits", target=target, options=loss, tensors=tensors, leaves=leaves)
+        for layout, target, loss, (tensors, leaves) in itertools.product(
+            layouts(size, "replicated"),
+            ("index", "topk", "dense"),
+            LOSSES[:4:3],
+            [((), ("weight", "bias")), (("temperature",), ("weight", "temperature"))],
+        )
+    ]
+    # The gradient of hidden states is a product with a part of the head: its sum is the caller's.
+    check(ranks(size), trials)
+
+
+HOSTILE = (
+    "offset",
+    "negative offset",
+    "apart",
+    "peaked",
+    "impossible shard",
+    "sentinel",
+    "equal maxima",
+)
+
+
+@both
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_logits(ranks, rows, hostile):
+    """Would catch a merge that loses small masses, makes NaN of -inf, or takes the later of equal maxima."""
+    trials = [
+        Trial(**layout, hostile=hostile, function=function, options={"strategy": strategy, **SMALL})
+        for layout, function, strategy in itertools.product(layouts(3, rows), ("loss", "own"), STRATEGIES)
+        # The sum of z^2 of such a row is no number.
+        if function == "loss" or hostile not in ("impossible shard", "sentinel")
+    ]
+    check(ranks(3), trials)
