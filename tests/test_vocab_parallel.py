@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 import tightrope
-from shards import Trial, differences
+from shards import Trial, alone, differences, on_rank, parallel, part_of
 
 STRATEGIES = ("chunked", "streaming")
 # Rows of each rank's head, of 29 classes (a prime): even with padding, uneven, a rank without any.
@@ -155,3 +156,71 @@ def test_hostile_logits(ranks, rows, hostile):
         if function == "loss" or hostile not in ("impossible shard", "sentinel")
     ]
     check(ranks(3), trials)
+
+
+@both
+def test_fewer_classes_than_ranks(ranks, rows):
+    """Would catch a rank without a class, or with padding alone, that breaks or is waited for."""
+    tokens = TOKENS[4] if rows == "sharded" else (13,)
+    trials = [
+        Trial(sizes, vocab=3, rows=rows, tokens=tokens, options={**loss, "strategy": strategy, **SMALL})
+        for sizes, loss, strategy in itertools.product([(1, 1, 1, 1), (0, 3, 0, 0)], LOSSES, STRATEGIES)
+    ]
+    check(ranks(4), trials)
+
+
+def chunks_of_ranks(rank: int) -> list[str]:
+    """One token on a rank, two hundred on the other: chunks that one has many of and the other none."""
+    options = {"strategy": "chunked", "workspace_mb": 1e-3}
+    return report(rank, [Trial((20, 9), rows="sharded", tokens=(1, 200), options=options)])
+
+
+def test_ranks_with_other_numbers_of_chunks(ranks):
+    """Would catch the hang of peers whose ranks go by their own numbers of chunks (TRL 6696)."""
+    assert ranks(2).run(chunks_of_ranks) == [[], []]
+
+
+def smoothed(rank: int) -> list[float]:
+    trial = Trial((20, 9), options={"label_smoothing": 0.3, "reduction": "sum"})
+    return [on_rank(trial, rank)["loss"].item(), alone(trial)["loss"].item()]
+
+
+def test_smoothing_over_the_whole_vocabulary(ranks):
+    """Would catch label smoothing that divides by the classes of a rank, as a peer's does."""
+    for ours, one in ranks(2).run(smoothed):
+        assert abs(ours - one) <= 1e-12 * one
+
+
+def hidden_gradients(rank: int) -> list[float]:
+    trial = Trial((20, 9), options={"reduction": "sum"})
+    gradient, one = on_rank(trial, rank)["input"], alone(trial)["input"]
+    return [(gradient - one).abs().max().item(), one.abs().max().item()]
+
+
+def test_gradient_of_replicated_hidden_states_is_whole(ranks):
+    """Would catch a dh that is of a rank's classes alone where nothing after it sums (verl, SkyRL 1886)."""
+    for error, size in ranks(2).run(hidden_gradients):
+        assert error <= 1e-12 * size
+
+
+def by_module(rank: int, rows: str) -> list[bool]:
+    """Whether modules give what the functions give, bit for bit."""
+    trial = Trial((20, 9), rows=rows, tokens=(9, 4) if rows == "sharded" else (13,))
+    part, options = part_of(trial, rank), {"balance": 0.1, "creativity": "collision"}
+    options["vocab_parallel"] = parallel(trial, rank)
+    head = part["input"], part["weight"], part["target"], part["bias"]
+    module = tightrope.LinearRealityCreativityLoss(**options)
+    same = [torch.equal(module(*head), tightrope.linear_reality_creativity_loss(*head, **options))]
+    if rows == "replicated":
+        logits = torch.nn.functional.linear(part["input"], part["weight"], part["bias"])
+        module = tightrope.RealityCreativityLoss(**options)
+        function = tightrope.reality_creativity_loss
+        same.append(torch.equal(module(logits, part["target"]), function(logits, part["target"], **options)))
+    return same
+
+
+@both
+def test_modules(ranks, rows):
+    """Would catch a module that drops its vocab_parallel, whose loss is then of the rank's classes alone."""
+    for same in ranks(2).run(by_module, rows):
+        assert same and all(same)
