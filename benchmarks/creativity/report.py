@@ -2,7 +2,8 @@
 
 Every run is compared with the temperatures of the plain run of its own text, steps, windows and seed, at
 equal entropy, so that what is spread over seeds is the difference itself. Prints Markdown; with
-``--pictures`` draws, by text and length of training, both frontiers and the differences from temperature:
+``--pictures`` draws, by text and length of training, both frontiers and the differences from temperature, of
+the objectives that have every seed:
 
     python benchmarks/creativity/report.py --csv runs/creativity/frontier.csv --pictures docs/creativity
 """
@@ -17,7 +18,6 @@ from pathlib import Path
 import frontier
 from matplotlib.figure import Figure
 
-from tightrope import evaluation
 from tightrope.evaluation import Curve, Row
 
 Setting = tuple[str, int, int, int]  # text, windows, steps, judge's steps
@@ -40,14 +40,37 @@ def spread(values: Sequence[float], form: str) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 
 
-def here(rows: list[Row]) -> Row:
-    return next(row for row in rows if row.temperature == 1)
+def at(rows: list[Row], temperature: float) -> Row:
+    return next(row for row in rows if row.temperature == temperature)
+
+
+def beside(
+    runs: dict[int, list[Row]], plain: dict[int, list[Row]], temperature: float
+) -> list[tuple[Row, Row]]:
+    """Each seed's row at a temperature, and the plain row of that entropy, where the curve reaches it."""
+    pairs = []
+    for seed in sorted(set(runs) & set(plain)):
+        row = at(runs[seed], temperature)
+        same = Curve(plain[seed]).at(row.entropy)
+        if same is not None:
+            pairs.append((row, same))
+    return pairs
+
+
+def compared(pairs: list[tuple[Row, Row]]) -> list[str]:
+    """Cross-entropy less, and implausible mass over, that of temperature."""
+    if not pairs:
+        return ["out of reach", ""]
+    return [
+        spread([row.cross_entropy - same.cross_entropy for row, same in pairs], "+.3f"),
+        spread([row.implausible_mass / same.implausible_mass for row, same in pairs], ".2f"),
+    ]
 
 
 def line(name: str, runs: dict[int, list[Row]], plain: dict[int, list[Row]]) -> list[str]:
     """An objective's cells, over the seeds that the plain run has too."""
     seeds = [seed for seed in sorted(runs) if seed in plain]
-    own = [here(runs[seed]) for seed in seeds]
+    own = [at(runs[seed], 1.0) for seed in seeds]
     cells = [
         name,
         str(len(seeds)),
@@ -57,25 +80,16 @@ def line(name: str, runs: dict[int, list[Row]], plain: dict[int, list[Row]]) -> 
         f"{sum(row.top1_accuracy for row in own) / len(own):.1%}",
     ]
     if name == PLAIN:
-        return [*cells, "", "", ""]
-    beside = []
-    for seed in seeds:
-        compared = evaluation.compare(plain[seed] + runs[seed], PLAIN)
-        beside += [c for c in compared if c.model == name and c.plain_temperature is not None]
-    if not beside:
-        return [*cells, "out of reach", "", ""]
-    return [
-        *cells,
-        f"{sum(c.plain_temperature for c in beside) / len(beside):.2f}",
-        spread([c.cross_entropy_difference for c in beside], "+.3f"),
-        spread([c.implausible_ratio for c in beside], ".2f"),
-    ]
+        return [*cells, *[""] * 4]
+    return [*cells, *compared(beside(runs, plain, 1.0)), *compared(beside(runs, plain, COOL))]
 
 
+# A temperature that models are sampled at, beside 1.
+COOL = 0.9
 HEADER = (
-    "| objective | seeds | entropy | cross-entropy | implausible | top-1 | plain temperature of that entropy "
-    "| cross-entropy less temperature's | implausible over temperature's |\n"
-    "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    "| objective | seeds | entropy | cross-entropy | implausible | top-1 "
+    f"| CE less temperature's | implausible over temperature's | CE, sampled at {COOL} "
+    f"| implausible, sampled at {COOL} |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
 )
 
 
@@ -92,7 +106,7 @@ def draw(path: Path, setting: Setting, runs: Runs) -> None:
     curves = {seed: Curve(rows) for seed, rows in runs[PLAIN].items()}
     for index, name in enumerate(sorted(runs, key=lambda name: (name != PLAIN, name))):
         per_seed = {seed: Curve(rows).rows for seed, rows in runs[name].items() if seed in curves}
-        if not per_seed:
+        if len(per_seed) < len(curves):
             continue
         style = {"color": f"C{index}", "linewidth": 2.2 if name == PLAIN else 1.2}
         columns = list(zip(*per_seed.values()))  # one tuple over seeds for each temperature
