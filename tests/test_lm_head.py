@@ -159,6 +159,7 @@ class Scaled(nn.Linear):
         (lambda: tightrope.LMHead(4, 5, reduction="avg"), ValueError, "reduction"),
         (lambda: tightrope.LMHead(4, 5, loss_fn=own_loss, balance=0.1), TypeError, "balance"),
         (lambda: tightrope.LMHead(4, 5, loss_fn=3), TypeError, "loss_fn"),
+        (lambda: tightrope.LMHead(4, 5, return_stats=True), TypeError, "expected it at each call"),
         (lambda: tightrope.LMHead(4, 5, balance=nn.Parameter(torch.tensor(0.1))), ValueError, "at each call"),
         (lambda: tightrope.LMHead.from_linear(nn.Embedding(4, 5)), TypeError, "linear: got Embedding"),
         (lambda: tightrope.LMHead.from_linear(Scaled(4, 5)), TypeError, "linear: got Scaled"),

@@ -8,7 +8,7 @@ loss is the head's own forward, with a target; in everything else this is an nn.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +53,8 @@ class LMHead(nn.Linear):
         out_features: V, the size of the vocabulary.
         bias: whether there is one.
         device, dtype: of the parameters.
-        loss_options: keyword options of the loss. Tensors among them are buffers that no state dict has, so
-            ``to_empty()`` leaves them without values.
+        loss_options: keyword options of the loss, but for ``return_stats``. Tensors among them are buffers
+            that no state dict has, so ``to_empty()`` leaves them without values.
 
     Raises:
         TypeError, ValueError: an option is unknown, or not as the loss expects; or is a tensor that requires
@@ -72,6 +72,8 @@ class LMHead(nn.Linear):
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
         known = _BUILT_IN if loss_options.get("loss_fn") is None else _OWN
+        if "return_stats" in loss_options:  # a type checker knows what a call gives by the call alone
+            raise TypeError("return_stats: got it as an option of LMHead, expected it at each call")
         for name in loss_options:
             if name not in known and name != "loss_fn":
                 raise TypeError(f"LMHead: got an unknown option {name}, expected one of {', '.join(known)}")
@@ -123,6 +125,19 @@ class LMHead(nn.Linear):
             return linear_reality_creativity_loss(input, self.weight, target, self.bias, **options)
         return linear_vocab_loss(input, self.weight, target, loss_fn, self.bias, **options)
 
+    @overload
+    def __call__(
+        self,
+        input: Tensor,
+        target: Tensor | TopKTarget,
+        *,
+        return_stats: Literal[True],
+        **options: Any,
+    ) -> tuple[Tensor, RowStats]: ...
+    @overload
+    def __call__(
+        self, input: Tensor, target: Tensor | TopKTarget | None = None, **options: Any
+    ) -> Tensor: ...
     def __call__(
         self, input: Tensor, target: Tensor | TopKTarget | None = None, **options: Any
     ) -> Tensor | tuple[Tensor, RowStats]:

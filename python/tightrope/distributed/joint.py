@@ -9,11 +9,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 from .layout import Agreement, VocabParallel, check_vocab_parallel
 
+_Function = TypeVar("_Function", bound=Callable)
 
-def joint(function: Callable) -> Callable:
+
+def joint(function: _Function) -> _Function:
     """A function that takes DTensors, and to which ``vocab_parallel`` comes as the ranks' `Agreement`."""
     signature = inspect.signature(function)
     names = tuple(signature.parameters)
@@ -34,7 +37,7 @@ def joint(function: Callable) -> Callable:
         with Agreement(vocab_parallel) as agreement:
             return function(*args, vocab_parallel=agreement, **options)
 
-    return wrapped
+    return cast(_Function, wrapped)
 
 
 def is_dtensor(value: object) -> bool:

@@ -29,7 +29,9 @@ _ERRORS = {1: RuntimeError, 2: ValueError, 3: TypeError, 4: IndexError}
 
 
 def process_group(group: object) -> dist.ProcessGroup:
-    """A process group, or that of a one-dimensional mesh, else TypeError or ValueError."""
+    """A process group, that of a one-dimensional mesh, or all processes; else TypeError or ValueError."""
+    if group is None and dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
@@ -61,7 +63,7 @@ class VocabParallel:
     own rows. A dense target has the rank's own classes where rows are replicated, else all of them.
 
     Args:
-        group: a ProcessGroup, or a one-dimensional DeviceMesh.
+        group: a ProcessGroup, a one-dimensional DeviceMesh, or None: all processes.
         vocab_size: classes of the vocabulary. Rows of the head beyond it are padding: they take no
             probability and get zero gradients.
         start: the class of the first row of this rank's head.
@@ -71,7 +73,7 @@ class VocabParallel:
         TypeError, ValueError: an argument is not as above.
     """
 
-    group: dist.ProcessGroup | DeviceMesh
+    group: dist.ProcessGroup | DeviceMesh | None
     vocab_size: int | None = None
     start: int | None = None
     rows: str = "replicated"
