@@ -159,15 +159,19 @@ def alone(trial: Trial, exactly: bool = False) -> dict[str, Tensor]:
     return call(trial, made, normalized(trial))
 
 
+def tokens_of(trial: Trial, rank: int) -> slice:
+    """The tokens of a rank, among all."""
+    if trial.rows == "replicated":
+        return slice(None)
+    first = sum(trial.tokens[:rank])
+    return slice(first, first + trial.tokens[rank])
+
+
 def part_of(trial: Trial, rank: int) -> dict[str, object]:
     """What a rank has of all tensors."""
     made, part = whole(trial), {}
     start, size = sum(trial.sizes[:rank]), trial.sizes[rank]
-    beyond = sum(trial.sizes) - trial.vocab
-    mine = slice(None)
-    if trial.rows == "sharded":
-        first = sum(trial.tokens[:rank])
-        mine = slice(first, first + trial.tokens[rank])
+    beyond, mine = sum(trial.sizes) - trial.vocab, tokens_of(trial, rank)
     for name, value in made.items():
         if name in ("weight", "bias"):
             # Padding is never looked at.
@@ -202,11 +206,7 @@ def on_rank(trial: Trial, rank: int) -> dict[str, Tensor]:
 def of_rank(trial: Trial, rank: int, results: dict[str, Tensor]) -> dict[str, Tensor]:
     """What of one process's results a rank should have; padding has gradients of zero."""
     start, size = sum(trial.sizes[:rank]), trial.sizes[rank]
-    beyond = sum(trial.sizes) - trial.vocab
-    mine = slice(None)
-    if trial.rows == "sharded":
-        first = sum(trial.tokens[:rank])
-        mine = slice(first, first + trial.tokens[rank])
+    beyond, mine = sum(trial.sizes) - trial.vocab, tokens_of(trial, rank)
     expected = {}
     for name, value in results.items():
         if name in ("weight", "bias"):

@@ -8,6 +8,7 @@ all-reduce would move as many bytes. Tensors travel as bytes: not every backend 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -120,10 +121,7 @@ def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _row_bytes(value: Tensor) -> int:
-    count = 1
-    for size in value.shape[1:]:
-        count *= size
-    return count * value.dtype.itemsize
+    return math.prod(value.shape[1:]) * value.dtype.itemsize
 
 
 def _rows_of_bytes(value: Tensor) -> Tensor:

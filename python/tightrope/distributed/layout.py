@@ -89,7 +89,7 @@ class VocabParallel:
 
 
 def check_vocab_parallel(value: object) -> None:
-    """The argument of that name, checked."""
+    """Raise TypeError where the argument of that name is something else."""
     if value is not None and not isinstance(value, VocabParallel):
         kind = type(value).__name__
         raise TypeError(f"vocab_parallel: got {kind}, expected tightrope.VocabParallel or None")

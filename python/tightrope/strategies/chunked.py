@@ -71,6 +71,13 @@ class Gradients(Arguments):
         return cls(to_input, to_weight, to_bias, to_temperature)
 
 
+def side_by_side(hidden_grad: Tensor | None, to_rows: Tensor | None) -> Tensor | None:
+    """Gradients of hidden states [m, D] and of temperatures [m], of those that are wanted, as one to send."""
+    if hidden_grad is None or to_rows is None:
+        return hidden_grad if to_rows is None else to_rows.unsqueeze(-1)
+    return torch.cat([hidden_grad, to_rows.unsqueeze(-1)], -1)
+
+
 class Reductions:
     """Gradients of chunks' rows that are summed over the ranks while the next chunk is worked on."""
 
@@ -80,10 +87,8 @@ class Reductions:
 
     def add(self, own: Chunk, hidden_grad: Tensor | None, to_rows: Tensor | None) -> None:
         """Those of hidden states [m, D] and of temperatures [m] of all rows that are scored here."""
-        parts = [hidden_grad, None if to_rows is None else to_rows.unsqueeze(-1)]
-        parts = [part for part in parts if part is not None]
-        if parts:
-            sums = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        sums = side_by_side(hidden_grad, to_rows)
+        if sums is not None:
             reduction = own.step.reduce(sums)
             self.finish()
             self.under_way = reduction, own.where

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..statistics import norm_rows
 from . import plan
-from .chunked import Gradients, Needs, Plan, Reductions, chunk_gradients
+from .chunked import Gradients, Needs, Plan, Reductions, chunk_gradients, side_by_side
 from .gemm import headroom, multiply
 from .problem import Chunk, Form, LinearProblem
 from .workspace import borrow
@@ -172,11 +172,11 @@ def _over_ranks(
     problem: LinearProblem, hidden_sum: Tensor | None, to_rows: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of all rows' hidden states and temperatures, summed over the parts of the vocabulary."""
-    parts = [hidden_sum, None if to_rows is None else to_rows.unsqueeze(-1)]
-    parts = [part for part in parts if part is not None]
-    if problem.exchange.alone or not parts or not problem.rows.count:
+    nothing = hidden_sum is None and to_rows is None
+    if problem.exchange.alone or nothing or not problem.rows.count:
         return hidden_sum, to_rows
-    total = problem.exchange.step(0, problem.rows.count).reduce(torch.cat(parts, -1)).result()
+    step = problem.exchange.step(0, problem.rows.count)
+    total = step.reduce(side_by_side(hidden_sum, to_rows)).result()
     if hidden_sum is not None:
         hidden_sum = total[:, : hidden_sum.shape[1]]
     return hidden_sum, None if to_rows is None else total[:, -1]

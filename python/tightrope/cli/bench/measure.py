@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +25,7 @@ from .inputs import Step, make_step
 from .truth import errors
 
 Work = Callable[[], object]
+_Work = TypeVar("_Work")
 
 
 def step_of(competitor_loss, step: Step, loss: Loss) -> torch.Tensor:
@@ -106,6 +108,13 @@ def take_turns(works: dict[str, Work], step: Step, budget: float) -> dict[str, l
             torch.cuda.synchronize(device)
         return time.perf_counter() - begin
 
+    return in_turns(works, timed, budget)
+
+
+def in_turns(
+    works: dict[str, _Work], timed: Callable[[_Work], float], budget: float
+) -> dict[str, list[float]]:
+    """Seconds of each work in each round, in another order each; the first round says how many there are."""
     names = list(works)
     seconds = {name: [timed(works[name])] for name in names}
     for _ in range(1, rounds_for(sum(first for (first,) in seconds.values()), budget)):

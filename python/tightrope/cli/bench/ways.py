@@ -26,9 +26,9 @@ import tightrope
 from ..probe import peak_bytes
 from . import process
 from .cases import DTYPES, LOSSES, Case, Loss
-from .figures import ratio, rounds_for, spread
+from .figures import ratio, spread
 from .inputs import Step, make_step
-from .measure import give_back_free_memory
+from .measure import give_back_free_memory, in_turns
 from .traffic import Traffic
 
 
@@ -295,13 +295,7 @@ def _take_turns(works: dict[str, Shared], me: Rank, budget: float) -> dict[str, 
         shared.work()
         return me.slowest(_now(me.device) - begin)
 
-    names = list(works)
-    seconds = {name: [timed(works[name])] for name in names}
-    for _ in range(1, rounds_for(sum(first for (first,) in seconds.values()), budget)):
-        names.append(names.pop(0))
-        for name in names:
-            seconds[name].append(timed(works[name]))
-    return seconds
+    return in_turns(works, timed, budget)
 
 
 def _now(device: str) -> float:
