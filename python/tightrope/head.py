@@ -32,6 +32,11 @@ _BUILT_IN = _options_of(linear_reality_creativity_loss)
 _OWN = _options_of(linear_vocab_loss)
 
 
+def known_options(loss_fn: object) -> dict[str, Any]:
+    """The options of the loss that there is with and without a ``loss_fn``, and their defaults."""
+    return _BUILT_IN if loss_fn is None else _OWN
+
+
 class LMHead(nn.Linear):
     """An ``nn.Linear`` whose forward with a target is the loss: ``head(h)`` logits, ``head(h, target)`` loss.
 
@@ -71,7 +76,7 @@ class LMHead(nn.Linear):
         **loss_options: Any,
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
-        known = _BUILT_IN if loss_options.get("loss_fn") is None else _OWN
+        known = known_options(loss_options.get("loss_fn"))
         if "return_stats" in loss_options:  # a type checker knows what a call gives by the call alone
             raise TypeError("return_stats: got it as an option of LMHead, expected it at each call")
         for name in loss_options:
