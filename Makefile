@@ -60,7 +60,7 @@ $(VENV)/.torch:
 # The package is installed without its extension, which is compiled in place by the next rule: there
 # only what has changed is compiled again.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	TIGHTROPE_BUILD_EXT=0 $(BIN)/pip install --no-build-isolation -e '.[train,evaluate,test]'
+	TIGHTROPE_BUILD_EXT=0 $(BIN)/pip install --no-build-isolation -e '.[train,evaluate,test,integrations]'
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(CSRC)

@@ -1,5 +1,7 @@
 """Tightrope: the reality-creativity loss at large vocabularies, without the logits in memory."""
 
+from . import integrations
+from .control import EntropyTarget
 from .distributed.layout import VocabParallel
 from .functional import (
     linear_reality_creativity_loss,
@@ -20,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BalanceWarning",
     "Classes",
+    "EntropyTarget",
     "LMHead",
     "LinearRealityCreativityLoss",
     "MinP",
@@ -27,6 +30,7 @@ __all__ = [
     "RowStats",
     "TopKTarget",
     "VocabParallel",
+    "integrations",
     "linear_reality_creativity_loss",
     "linear_vocab_loss",
     "linear_vocab_stats",

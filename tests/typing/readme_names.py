@@ -1,6 +1,8 @@
 """The names that the README's code takes as given."""
 
 from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, TrainingArguments
 
 advantage: Tensor
 head_rows: Tensor
@@ -9,3 +11,7 @@ class_weight: Tensor
 balance_logit: Tensor
 teacher_indices: Tensor
 teacher_probs: Tensor
+model: PreTrainedModel
+arguments: TrainingArguments
+dataset: Dataset
+batch: dict[str, Tensor]
