@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ import transformers
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+# Said of torchao's classes, which transformers loads where it is installed.
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def load(folder: Path | None, option: str = "--model"):

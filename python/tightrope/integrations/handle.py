@@ -244,9 +244,13 @@ class _Call:
             _warn(f"{problem}: its loss is its own, and not fused")
 
 
-@torch.compiler.assume_constant_result  # a compiler warns when it traces, where it would break its graph
 def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=3)
+
+
+# A compiler warns when it traces, where a warning would break its graph. This is what
+# torch.compiler.assume_constant_result does, without loading the compiler, which takes half a second.
+_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _never_zero(count: float | Tensor) -> float | Tensor:
