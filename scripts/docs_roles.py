@@ -1,4 +1,4 @@
-"""What `make docs` does to docstrings' roles of Sphinx, which editors and help() show: a name stays a name."""
+"""What `make docs` does to the roles of Sphinx in docstrings, which help() shows: a name stays a name."""
 
 import re
 
