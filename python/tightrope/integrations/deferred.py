@@ -52,12 +52,8 @@ class DeferredLogits:
         if self._logits is not None or torch.is_grad_enabled() != self._grad:
             return again(self.materialize("no_grad"))  # which may have been written to
         after = DeferredLogits(self._call, self._head, self._hidden, 0, self._dtype, self._balance)
-        after._columns, after._scale, after._cap, after._bias = (
-            self._columns,
-            self._scale,
-            self._cap,
-            self._bias,
-        )
+        for name in ("_columns", "_scale", "_cap", "_bias"):
+            setattr(after, name, getattr(self, name))
         for name, value in changes.items():
             setattr(after, name, value)
         after._parent, after._again = self, again
