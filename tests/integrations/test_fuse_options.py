@@ -245,3 +245,11 @@ def test_a_balance_for_each_token_of_reordered_logits_is_refused():
         pytest.raises(ValueError, match=r"balance: .* each token"),
     ):
         model(input_ids=ids, labels=ids, balance=torch.full((2, 9), 0.01))
+
+
+def test_a_balance_for_one_call_beside_a_loss_of_ones_own_is_refused():
+    """A balance that is silently ignored."""
+    model, ids = llama(), torch.randint(0, 50, (2, 9))
+    fuse(model, loss_fn=lambda stats: -stats.target_log_prob)
+    with pytest.raises(ValueError, match="balance: got one beside loss_fn"):
+        model(input_ids=ids, labels=ids, balance=0.05)

@@ -121,12 +121,7 @@ class Handle:
             return function(*args, **kwargs)
         if kwargs.get("num_items_in_batch") is not None:
             kwargs["num_items_in_batch"] = _never_zero(kwargs["num_items_in_batch"])
-        if balance is not None and not isinstance(balance, Tensor):
-            # A tensor, so that a compiled graph is good for every value of it.
-            if not torch.compiler.is_compiling():
-                validation.number("balance", balance, low=0.0, high=1.0)
-            balance = torch.full((), balance, dtype=torch.float64)
-        self._call = call = _Call(self, self.balance if balance is None else balance)
+        self._call = call = _Call(self, self._objective.for_one_call(balance))
         try:
             output = function(*args, **kwargs)
         finally:
@@ -139,7 +134,7 @@ class Handle:
 class _Call:
     """One forward of a fused model: it computes its losses, and is told what makes its logits."""
 
-    def __init__(self, handle: Handle, balance: float | Tensor):
+    def __init__(self, handle: Handle, balance: Tensor):
         self.balance = balance
         self.open = True
         #: What came of its heads' records, in order. Emptied when it ends, as they know it too.
@@ -151,7 +146,7 @@ class _Call:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         balance = None
-        if isinstance(self.balance, Tensor) and self.balance.dim():
+        if self.balance.dim():
             tokens = hidden.shape[:-1]
             balance = validation.balance(self.balance.to(hidden.device), tokens, hidden.device)
             balance = balance.expand(tokens).unsqueeze(-1)
@@ -189,7 +184,7 @@ class _Call:
                 label_smoothing=label_smoothing,
                 **others,
             )
-        if isinstance(self.balance, Tensor) and self.balance.dim() and not input.in_order:
+        if self.balance.dim() and not input.in_order:
             raise ValueError(
                 "balance: got one for each token, expected a number: this model makes its logits, and it "
                 "cannot be told which of them is which token's"

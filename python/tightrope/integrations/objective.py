@@ -24,6 +24,9 @@ _MODELS_OWN = (
 _OF_PRODUCTS = ("workspace_mb", "strategy", "skip_ignored")
 
 
+_BESIDE_LOSS_FN = "balance: got one beside loss_fn, expected none: a loss of your own has its own balance"
+
+
 class Request:
     """A loss that is asked of a head: beside the hidden states, all that it needs.
 
@@ -44,7 +47,7 @@ class Request:
         bias: Tensor | None,
         scale: float,
         cap: float | None,
-        balance: float | Tensor,
+        balance: Tensor,
         weight: Tensor | None,
         ignore_index: int,
         reduction: str,
@@ -92,21 +95,29 @@ class Objective:
 
     @balance.setter
     def balance(self, value: float | Tensor) -> None:
-        # A tensor, so that a compiled graph is good for every value of it.
-        if not isinstance(value, Tensor):
-            value = torch.tensor(validation.number("balance", value, low=0.0, high=1.0), dtype=torch.float64)
+        value = as_tensor(value)
         value = validation.balance(value, value.shape, value.device)
         if self.loss_fn is not None and (value.numel() != 1 or value.item()):
-            raise ValueError(
-                "balance: got one beside loss_fn, expected none: a loss of your own has its own balance"
-            )
+            raise ValueError(_BESIDE_LOSS_FN)
         self._balance = value
+
+    def for_one_call(self, balance: float | Tensor | None) -> Tensor:
+        """The balance of a call that was given one, or None."""
+        if balance is None:
+            return self._balance
+        if self.loss_fn is not None:
+            raise ValueError(_BESIDE_LOSS_FN)
+        return as_tensor(balance)
 
     @property
     def plain(self) -> bool:
         """Whether it is nothing but cross-entropy, as the model's own loss is."""
         options = known_options(None)
-        changes = [name for name, value in self.options.items() if value is not options[name]]
+        changes = [
+            name
+            for name, value in self.options.items()
+            if isinstance(value, Tensor) or value != options[name]
+        ]
         terms = set(changes) - {*_OF_PRODUCTS, "backend", "support", "creativity", "vocab_parallel"}
         return self.loss_fn is None and not terms and not bool(self._balance.any())
 
@@ -130,10 +141,8 @@ class Objective:
         options = {**self._asked(request), **transform}
         if self.loss_fn is not None:
             return linear_vocab_loss(hidden, weight, request.target, self.loss_fn, bias, **options)
-        balance = _balance_of(request)
-        return linear_reality_creativity_loss(
-            hidden, weight, request.target, bias, balance=balance, **options
-        )
+        options["balance"] = _balance_of(request)
+        return linear_reality_creativity_loss(hidden, weight, request.target, bias, **options)
 
     def of_logits(self, logits: Tensor, request: Request) -> tuple[Tensor, RowStats]:
         """Of logits ``[N, V]``."""
@@ -159,14 +168,23 @@ class Objective:
         return options
 
 
+def as_tensor(balance: float | Tensor) -> Tensor:
+    """A number as a tensor, so that a compiled graph is good for every value of it."""
+    if isinstance(balance, Tensor):
+        return balance
+    if not torch.compiler.is_compiling():
+        validation.number("balance", balance, low=0.0, high=1.0)
+    return torch.full((), balance, dtype=torch.float64)
+
+
 def _is_all(columns: slice, weight: Tensor) -> bool:
     return columns.start == 0 and columns.stop == weight.shape[0]
 
 
-def _balance_of(request: Request) -> float | Tensor:
+def _balance_of(request: Request) -> Tensor:
     """In the shape of the target: the model may have flattened its tokens."""
     balance = request.balance
-    if not isinstance(balance, Tensor) or balance.dim() == 0:
+    if balance.dim() == 0:
         return balance
     if balance.numel() != request.target.numel():
         raise ValueError(
