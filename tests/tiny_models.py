@@ -10,7 +10,7 @@ import torch
 from tightrope.cli import main
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog says nothing at all of it.\n" * 120
-TRAIN_EXTRA = ("transformers", "tokenizers", "accelerate", "gguf", "matplotlib", "psutil", "rich")
+TRAIN_EXTRA = ("transformers", "tokenizers", "accelerate", "peft", "gguf", "psutil", "rich")
 
 
 def run(capsys, *arguments):

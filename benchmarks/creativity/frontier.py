@@ -24,14 +24,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tail import Tail
 from torch import Tensor
 
 import tightrope
 from tightrope import evaluation
 from tightrope.cli import data, model
-from tightrope.cli.train import MAX_GRADIENT_NORM, rate_at
 
 LENGTH, BATCH, BLOCKS, LEARNING_RATE = 128, 4, 2, 3e-4
+MAX_GRADIENT_NORM = 1.0
+
+
+def rate_at(step: int, steps: int) -> float:
+    """A tenth of the steps of linear warmup, then a linear decay to a tenth of the peak."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1.0 - 0.9 * (step - warmup) / max(1, steps - warmup)
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,7 @@ class KeptLogits(evaluation.Head):
 class Bench:
     """A model, a text and a judge: what all runs on a text share."""
 
-    tail: model.Tail
+    tail: Tail
     start: dict[str, Tensor]
     train: tuple[Tensor, Tensor]  # tokens [W, LENGTH], frozen states [W, LENGTH, D]
     held_out: tuple[Tensor, Tensor]
@@ -190,8 +199,8 @@ class Bench:
 def prepare(text: str, windows: int, held_out: int, cache: Path) -> Bench:
     """Loads the model and what its frozen blocks make of the text, which is computed where it is not kept."""
     network, tokenizer = model.load(None)
-    tail = model.Tail(network, BLOCKS)
-    cut = data.make_windows(tokenizer, read_text(text), length=LENGTH, batch_size=BATCH, seed=0)
+    tail = Tail(network, BLOCKS)
+    cut = data.make_windows(tokenizer, read_text(text), length=LENGTH, batch_size=BATCH)
     tail.trace(network, cut.held_out[0])
     parts = []
     for kind, tokens in (("train", cut.train[:windows]), ("held-out", cut.held_out[:held_out])):

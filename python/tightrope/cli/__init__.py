@@ -11,64 +11,38 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.util
-import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from .. import __version__
 from .bench.cases import DTYPES, LOSSES, SCENARIOS, choose
 from .errors import UserError
+from .options import (
+    Parser,
+    add_generate,
+    add_train,
+    count,
+    formatter,
+    length,
+    named_share,
+    positive_share,
+    rate,
+    seed,
+)
 
-DEFAULT_MODES = ("precise=0", "balanced=0.1", "creative=0.2")
+DEFAULT_MODES = ("precise=0", "balanced=0.12", "creative=0.25")
 BENCH_EXTRA = ("matplotlib", "psutil", "rich")
 EVALUATE_EXTRA = ("transformers", "accelerate", "gguf", "matplotlib", "nltk", "rich")
-TRAIN_EXTRA = ("transformers", "accelerate", "gguf", "matplotlib", "psutil", "rich")
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line: the usage is a `--help` away."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def _number(kind: type, accepts: Callable[[float], bool], expected: str) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not accepts(value):
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
-        return value
-
-    return parse
-
-
-_count = _number(int, lambda x: x >= 1, "a whole number from 1")
-_seed = _number(int, lambda x: 0 <= x < 2**63, "a whole number from 0")
-_rate = _number(float, lambda x: 0 < x < math.inf, "a positive number")
-_share = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-_positive_share = _number(float, lambda x: 0 < x <= 1, "a number above 0, up to 1")
-_length = _number(int, lambda x: x >= 2, "a whole number from 2")
-
-
-def _mode(text: str) -> tuple[str, float]:
-    """``NAME=VALUE`` or ``VALUE`` as a mode's name and balance."""
-    name, equals, value = text.rpartition("=")
-    if equals and not name.strip():
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=VALUE or VALUE")
-    balance = _share(value)
-    return name.strip() or f"balance {balance:g}", balance
+TRAIN_EXTRA = ("transformers", "accelerate", "peft", "gguf", "psutil", "rich")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="tightrope",
         description="Train language models on a balance of reality (match the data) and creativity "
         "(keep the predictions open).",
@@ -81,69 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(run=_info)
 
-    train = commands.add_parser(
-        "train",
-        help="fine-tune a language model in several modes from one start, and compare them",
-        description="Fine-tunes the last blocks and the head of a language model once per mode, from the "
-        "same start, and compares the modes on held-out text. A mode is a balance b in the loss "
-        "(1 - b) * reality + b * creativity: 0 only matches the data, higher keeps the predictions "
-        "more open. Without options: SmolLM2-135M on the King James text, in the modes "
-        + ", ".join(DEFAULT_MODES)
-        + ".",
-        epilog="Written to the output folder: steps.csv, every step of every mode; samples.md, sampled "
-        "continuations; summary.csv, cost.csv and summary.md, the comparison; tradeoff.png, its picture. "
-        "Files of these names are replaced. Ctrl-C leaves what was written.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
-    )
-    what = train.add_argument_group("what to train on")
-    what.add_argument(
-        "--text", type=Path, metavar="FILE", help="UTF-8 text, up to 16 million characters of it (King James)"
-    )
-    what.add_argument(
-        "--model",
-        type=Path,
-        metavar="FOLDER",
-        help="model in a folder: of transformers, or with one .gguf file (SmolLM2-135M-Instruct)",
-    )
-    what.add_argument("--out", type=Path, metavar="FOLDER", default=Path("runs"), help="(%(default)s)")
-    loss = train.add_argument_group("the loss")
-    loss.add_argument(
-        "--balance",
-        type=_mode,
-        action="append",
-        metavar="[NAME=]VALUE",
-        help="a mode, its balance from 0 to 1; repeat for several (" + " ".join(DEFAULT_MODES) + ")",
-    )
-    loss.add_argument(
-        "--reality",
-        choices=["cross_entropy", "squared_error"],
-        default="cross_entropy",
-        help="the reality term (%(default)s)",
-    )
-    loss.add_argument(
-        "--creativity",
-        choices=["entropy", "collision", "support_entropy"],
-        default="support_entropy",
-        help="the creativity term (%(default)s)",
-    )
-    loss.add_argument(
-        "--min-p",
-        type=_positive_share,
-        metavar="X",
-        help="of support_entropy: the entropy of the classes whose probability is at least X times the "
-        "largest (0.02)",
-    )
-    how = train.add_argument_group("how to train")
-    for option, parse, default, text in (
-        ("--steps", _count, 30, "optimizer steps of each mode"),
-        ("--batch-size", _count, 4, "sequences in a step"),
-        ("--sequence-length", _length, 128, "tokens"),
-        ("--blocks", _count, 2, "last transformer blocks to train; those below stay frozen"),
-        ("--learning-rate", _rate, 3e-4, "peak rate of AdamW, after warmup"),
-        ("--seed", _seed, 0, "fixes the batches and the samples"),
-    ):
-        how.add_argument(option, type=parse, default=default, metavar="N", help=f"{text} (%(default)s)")
-    train.set_defaults(run=_train)
+    add_train(commands, DEFAULT_MODES, run=_train)
+    add_generate(commands, run=_generate)
     _add_evaluate(commands)
     _add_bench(commands)
     return parser
@@ -170,7 +83,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         epilog="Written to the output folder: evaluate.csv, every figure; evaluate.md, the tables; "
         "frontier.png, the two frontiers; samples.md. Files of these names are replaced. Ctrl-C leaves what "
         "was written. docs/evaluate.md says how to read them.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+        formatter_class=formatter,
     )
     what = evaluate.add_argument_group("what is compared")
     what.add_argument(
@@ -178,12 +91,14 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         type=_model,
         action="append",
         metavar="[NAME=]FOLDER",
-        help="a model in a folder: of transformers, or with one .gguf file; repeat for several",
+        help="a model in a folder: of transformers, or with one .gguf file; one that train made is compared "
+        "mode by mode; repeat for several",
     )
     what.add_argument("--plain", metavar="NAME", help="whose temperatures the others are held to (the first)")
     what.add_argument(
         "--judge", type=Path, metavar="FOLDER", help="says what is plausible (the model called judge)"
     )
+    what.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with a model")
     what.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text that none was trained on (King James)"
     )
@@ -191,23 +106,23 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     how = evaluate.add_argument_group("how")
     how.add_argument(
         "--temperature",
-        type=_rate,
+        type=rate,
         action="append",
         metavar="T",
         help="repeat for several; 1 is always one (0.8 0.9 1 1.1 1.2 1.3 1.45 1.6)",
     )
     how.add_argument(
-        "--min-p", type=_positive_share, action="append", metavar="X", help="repeat (0.02 0.05 0.1)"
+        "--min-p", type=positive_share, action="append", metavar="X", help="repeat (0.02 0.05 0.1)"
     )
-    how.add_argument("--windows", type=_count, metavar="N", help="of the text (32, or as many as it has)")
-    how.add_argument("--sequence-length", type=_length, default=128, metavar="N", help="tokens (%(default)s)")
+    how.add_argument("--windows", type=count, metavar="N", help="of the text (32, or as many as it has)")
     how.add_argument(
-        "--seed",
-        type=_seed,
-        default=0,
+        "--sequence-length",
+        type=length,
+        default=96,
         metavar="N",
-        help="fixes the windows, of which the first are those that train holds out, and the samples (0)",
+        help="tokens; at that of train the windows are those that it held out (%(default)s)",
     )
+    how.add_argument("--seed", type=seed, default=0, metavar="N", help="fixes the samples (0)")
     how.add_argument(
         "--quick",
         action="store_true",
@@ -220,7 +135,7 @@ def _shape(text: str) -> tuple[int, int, int]:
     sizes = text.split(",")
     if len(sizes) != 3:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected N,D,V")
-    return tuple(_count(size) for size in sizes)
+    return tuple(count(size) for size in sizes)
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
@@ -236,7 +151,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         "values. With --processes: parallel.csv and parallel.md. Files of these names are replaced. "
         "benchmarks/README.md says what the columns mean. "
         "Ctrl-C leaves what was written.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+        formatter_class=formatter,
     )
     bench.add_argument(
         "--shape",
@@ -271,12 +186,12 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     )
     bench.add_argument(
         "--seconds",
-        type=_rate,
+        type=rate,
         default=2.0,
         metavar="S",
         help="of rounds a competitor; long rounds take more, three of them or fewer (%(default)s)",
     )
-    bench.add_argument("--processes", type=_count, metavar="P", help="share the step among P processes here")
+    bench.add_argument("--processes", type=count, metavar="P", help="share the step among P processes here")
     bench.add_argument(
         "--out", type=Path, metavar="FOLDER", default=Path("bench-results"), help="(%(default)s)"
     )
@@ -290,15 +205,27 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    modes = args.balance or [_mode(text) for text in DEFAULT_MODES]
-    _refuse_repeated("--balance", "mode", ["untrained", *(name for name, _ in modes)])
+    modes = args.balance or [named_share(text) for text in DEFAULT_MODES]
+    targets = args.target_entropy or []
+    _refuse_repeated("--balance", "mode", [name for name, _ in modes])
+    _refuse_repeated("--target-entropy", "mode", [name for name, _ in targets])
+    for name, _ in targets:
+        if name not in dict(modes):
+            raise UserError(f"--target-entropy: got {name!r}, expected one of {', '.join(dict(modes))}")
     if args.min_p is not None and args.creativity != "support_entropy":
         raise UserError(f"--min-p: got {args.min_p:g}, expected none with --creativity {args.creativity}")
     _need("train", TRAIN_EXTRA)
     from .job import Options, run
 
-    options = {k: v for k, v in vars(args).items() if k not in ("command", "run", "balance")}
-    run(Options(modes=dict(modes), **options))
+    given = {k: v for k, v in vars(args).items() if k not in ("command", "run", "balance", "target_entropy")}
+    run(Options(modes=dict(modes), target_entropy=dict(targets), **given))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    _need("train", TRAIN_EXTRA)
+    from .generate import Options, run
+
+    run(Options(**{k: v for k, v in vars(args).items() if k not in ("command", "run")}))
 
 
 def _evaluate(args: argparse.Namespace) -> None:

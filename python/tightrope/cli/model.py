@@ -1,10 +1,4 @@
-"""A language model split in two: the blocks below, frozen, and the tail that trains.
-
-The frozen blocks see the same tokens in every mode and never change, so their output is computed once
-and every mode trains on it: on a CPU that saves most of the time of a step. The tail is replayed on the
-arguments with which the model itself calls its blocks, caught by hooks; nothing of a particular
-architecture is written here but the names of its parts.
-"""
+"""Models out of folders, and which of their parameters train."""
 
 from __future__ import annotations
 
@@ -13,11 +7,11 @@ import importlib.util
 import io
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import UserError
 
@@ -27,11 +21,12 @@ import transformers
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-# Said of torchao's classes, which transformers loads where it is installed.
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+# What torchao says, which transformers and peft load where it is installed.
+for _name in ("torch.utils._pytree", "torchao"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
-def load(folder: Path | None, option: str = "--model"):
+def load(folder: Path | None, option: str = "--model", trust_remote_code: bool = False):
     """The causal language model (float32) and tokenizer of a folder, or SmolLM2-135M-Instruct.
 
     option: what chose the folder, for the line that says that it cannot be loaded.
@@ -46,20 +41,39 @@ def load(folder: Path | None, option: str = "--model"):
         folder = Path(spec.submodule_search_locations[0])
     if not folder.is_dir():
         raise UserError(f"{option}: no folder {folder}")
-    source = {}
+    source: dict[str, object] = {"trust_remote_code": trust_remote_code}
     if not (folder / "config.json").is_file():
         files = sorted(folder.glob("*.gguf"))
         if len(files) != 1:
             raise UserError(
                 f"{option}: {folder} has no config.json and {len(files)} .gguf files, expected one"
             )
-        source = {"gguf_file": files[0].name}
+        source["gguf_file"] = files[0].name
     tokenizer = _loaded(option, "tokenizer", transformers.AutoTokenizer, folder, **source)
-    model = _loaded(option, "model", transformers.AutoModelForCausalLM, folder, dtype=torch.float32, **source)
+    model, found = _loaded(
+        option,
+        "model",
+        transformers.AutoModelForCausalLM,
+        folder,
+        dtype=torch.float32,
+        output_loading_info=True,
+        **source,
+    )
+    if found["missing_keys"]:
+        names = sorted(found["missing_keys"])
+        raise UserError(
+            f"{option}: cannot load the model of {folder}: it has no {names[0]}"
+            + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        )
     ids, vocabulary = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0]
     if ids > vocabulary:
         raise UserError(f"{option}: the tokenizer of {folder} has {ids} tokens, the model only {vocabulary}")
-    # Evaluation mode also while training: dropout would hide what the balance changes.
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if "gguf_file" in source:
+        # It was read into plain float32, but is marked as quantised, and Trainer takes no such model.
+        model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None
+        del model.config.quantization_config
     return model.eval(), tokenizer
 
 
@@ -70,85 +84,57 @@ def _loaded(option: str, part: str, kind: type, folder: Path, **options: object)
             return kind.from_pretrained(folder, **options)
     except Exception as error:  # of several readers, which raise what they like
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if part == "tokenizer" and not options and not (folder / "tokenizer.json").is_file():
+        if "trust_remote_code" in str(error):
+            reason = "it comes with code of its own: --trust-remote-code runs it"
+        elif part == "tokenizer" and "gguf_file" not in options and not (folder / "tokenizer.json").is_file():
             reason = "it has no tokenizer.json, and nothing else that makes one"
         raise UserError(f"{option}: cannot load the {part} of {folder}: {reason}") from error
 
 
-class Tail(nn.Module):
-    """The last blocks, the final norm and the head of ``model``: what trains.
+def longest(model: nn.Module) -> int | None:
+    """How many tokens a model takes, where its config says so."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-    The head is cloned away from the embedding. Most small models tie the two, and then training the
-    head would also change the inputs of the frozen blocks, whose outputs are computed only once.
-    """
 
-    def __init__(self, model: nn.Module, blocks: int) -> None:
-        super().__init__()
-        body = model.base_model
-        layers, norm = getattr(body, "layers", None), getattr(body, "norm", None)
-        head = model.get_output_embeddings()
-        if not isinstance(layers, nn.ModuleList) or norm is None or head is None:
-            raise UserError(
-                f"--model: {type(model).__name__} is not laid out as model.layers, model.norm and a head"
-            )
-        if blocks > len(layers):
-            raise UserError(f"--blocks: got {blocks}, the model has {len(layers)}")
-        model.requires_grad_(False)
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        model.config.tie_word_embeddings = False
-        self.blocks = nn.ModuleList(layers[-blocks:])
-        self.norm = norm
-        self.head = head
-        self.requires_grad_(True)
-        self._body = [body]  # in a list: the model's other parts are not parts of this module
-        self._arguments: list[dict] = []
+def with_adapters(model: nn.Module, rank: int, new: list[int]) -> nn.Module:
+    """The model under LoRA in every layer but its head, with rows of its embedding that train."""
+    from peft import LoraConfig, get_peft_model
 
-    @torch.no_grad()
-    def trace(self, model: nn.Module, window: Tensor) -> None:
-        """Notes the arguments that each trained block is called with, from one window [length].
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        trainable_token_indices={name.rpartition(".")[2]: new},
+    )
+    return get_peft_model(model, config)
 
-        They depend on the positions alone, the same in every window, and those of a batch of one
-        broadcast. Refuses a model whose logits the tail does not reproduce: one with a softcap, say.
-        """
-        longest = getattr(model.config, "max_position_embeddings", len(window))
-        if len(window) > longest:
-            raise UserError(f"--sequence-length: got {len(window)}, the model takes up to {longest}")
-        caught = []
-        with self._catching(self.blocks, lambda args, kwargs: caught.append((args[0], kwargs))):
-            logits = model(window[None], use_cache=False).logits
-        self._arguments = [kwargs for _, kwargs in caught]
-        ours = self(caught[0][0]) @ self.head.weight.T
-        if not torch.allclose(ours, logits, rtol=1e-3, atol=1e-3):
-            raise UserError(
-                f"--model: the logits of {type(model).__name__} are not a plain linear head of its last "
-                "hidden states"
-            )
 
-    @torch.no_grad()
-    def frozen(self, windows: Tensor, batch_size: int) -> Iterator[Tensor]:
-        """What the first trained block is given, [batch, length, D], per batch of token ``windows``."""
-        caught = []
-        with self._catching(self.blocks[:1], lambda args, kwargs: caught.append(args[0])):
-            for batch in windows.split(batch_size):
-                self._body[0](batch, use_cache=False)
-                yield caught.pop()
+def train_blocks(model: nn.Module, blocks: int, new: Sequence[int] = ()) -> None:
+    """Let the last blocks, what follows them, the head and the rows of new tokens train, and nothing else."""
+    layers = max(
+        (module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)),
+        key=len,
+        default=nn.ModuleList(),
+    )
+    if blocks > len(layers):
+        raise UserError(f"--blocks: got {blocks}, the model has {len(layers)}")
+    model.requires_grad_(False)
+    for block in layers[-blocks:]:
+        block.requires_grad_(True)
+    owner = next(m for m in model.base_model.modules() if layers in list(m.children()))
+    children = list(owner.children())
+    for module in (*children[children.index(layers) + 1 :], model.get_output_embeddings()):
+        module.requires_grad_(True)
+    if not new:
+        return
+    embedding, rows = model.get_input_embeddings().weight, torch.tensor(new)
 
-    def forward(self, frozen: Tensor) -> Tensor:
-        """The hidden states that the head reads, [batch, length, D]."""
-        hidden = frozen
-        for block, arguments in zip(self.blocks, self._arguments):
-            hidden = block(hidden, **arguments)
-        return self.norm(hidden)
+    def of_new(gradient: torch.Tensor) -> torch.Tensor:
+        at = rows.to(gradient.device)
+        return torch.zeros_like(gradient).index_copy_(0, at, gradient[at])
 
-    @staticmethod
-    @contextlib.contextmanager
-    def _catching(blocks: Iterable[nn.Module], catch: Callable[[tuple, dict], None]) -> Iterator[None]:
-        hooks = [
-            block.register_forward_pre_hook(lambda _, args, kwargs: catch(args, kwargs), with_kwargs=True)
-            for block in blocks
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    embedding.requires_grad_(True)
+    embedding.register_hook(of_new)

@@ -22,11 +22,27 @@ def writing(place: Path | str, option: str = "--out") -> Iterator[None]:
         yield
     except OSError as error:
         raise cannot_write(option, place, error) from None
+    except Exception as error:
+        if not _cannot_write(error):
+            raise
+        # Its own cause, if any, says more.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else OSError(_first_line(error))
+        raise cannot_write(option, place, cause) from None
+
+
+def _cannot_write(error: Exception) -> bool:
+    """Whether torch.save or safetensors could not write, which they say in ways of their own."""
+    torch_save = any(word in str(error) for word in ("PytorchStreamWriter", "inline_container"))
+    return torch_save or type(error).__name__ == "SafetensorError"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def written(folder: Path, names: Sequence[str]) -> str:
-    """Those of the files that are there."""
-    return ", ".join(name for name in names if (folder / name).is_file())
+    """Those of the files and folders that are there."""
+    return ", ".join(name for name in names if (folder / name).exists())
 
 
 @contextmanager
@@ -43,7 +59,7 @@ def opened(folder: Path, names: Sequence[str]) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         found = written(folder, names)
-        stop.args = (f"written to {folder} so far: {found or 'nothing'}",)
+        stop.args = (f"written to {folder} so far: {found or 'nothing'}", *stop.args)
         raise
 
 

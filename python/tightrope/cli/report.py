@@ -1,4 +1,4 @@
-"""What a run leaves behind: tables that grow line by line, samples, and the picture of the trade-off.
+"""What a run leaves behind: tables that grow line by line, and samples.
 
 Lines are flushed as they are written, so that a run that is cut short leaves files that read well.
 """
@@ -10,36 +10,14 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
 from .output import cannot_write, writing
 from .probe import Cost
 from .sample import NEW_TOKENS, PROMPTS, SAMPLES
-
-FILES = ("steps.csv", "samples.md", "summary.csv", "cost.csv", "summary.md", "tradeoff.png")
-
-
-class Row(NamedTuple):
-    """One mode in the summary; the untrained model has no balance and no step."""
-
-    mode: str
-    balance: float | None
-    cross_entropy: float
-    entropy: float
-    distinct_1: float
-    distinct_2: float
-    step_seconds: float | None
-
-    @property
-    def label(self) -> str:
-        """The mode with its balance, said once where it has no name of its own."""
-        if self.balance is None or self.mode == f"balance {self.balance:g}":
-            return self.mode
-        return f"{self.mode} (balance {self.balance:g})"
 
 
 class CsvLog:
@@ -71,12 +49,6 @@ class CsvLog:
         self._file.close()
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    with CsvLog(path, columns) as log:
-        for row in rows:
-            log.write(row)
-
-
 def append_samples(path: Path, mode: str, texts: Sequence[str]) -> None:
     """Adds the continuations of one mode, `SAMPLES` of each prompt in order."""
     with writing(path), path.open("a", encoding="utf-8") as file:
@@ -90,38 +62,6 @@ def append_samples(path: Path, mode: str, texts: Sequence[str]) -> None:
             if index % SAMPLES == 0:
                 file.write(f"\n**{PROMPTS[index // SAMPLES]}** ...\n\n")
             file.write(f"- {' '.join(text.split())}\n")
-
-
-def summary_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Header and lines of the comparison of the modes."""
-    header = ["mode", "balance", "cross-entropy", "entropy", "distinct-1", "distinct-2", "step (s)"]
-    return [header] + [
-        [
-            row.mode,
-            "" if row.balance is None else f"{row.balance:g}",
-            f"{row.cross_entropy:.3f}",
-            f"{row.entropy:.3f}",
-            f"{row.distinct_1:.3f}",
-            f"{row.distinct_2:.3f}",
-            "" if row.step_seconds is None else f"{row.step_seconds:.2f}",
-        ]
-        for row in rows
-    ]
-
-
-def write_summary(folder: Path, rows: Sequence[Row], costs: Sequence[Cost], tokens: int) -> list[Table]:
-    """Writes summary.md and tradeoff.png, and returns the tables to print."""
-    tables = {
-        "Held-out text (nats a token), distinct n-grams of the samples": summary_table(rows),
-        f"The loss of {tokens} tokens, forward and backward": cost_table(costs),
-    }
-    text = "# Reality against creativity\n"
-    for title, lines in tables.items():
-        text += f"\n## {title}\n\n{markdown_table(lines)}\n"
-    with writing(folder / "summary.md"):
-        (folder / "summary.md").write_text(text, encoding="utf-8")
-    draw_tradeoff(folder / "tradeoff.png", rows)
-    return [rich_table(lines, title) for title, lines in tables.items()]
 
 
 def cost_table(costs: Sequence[Cost]) -> list[list[str]]:
@@ -145,30 +85,3 @@ def markdown_table(lines: list[list[str]]) -> str:
     header, *rest = lines
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rest])
-
-
-def draw_tradeoff(path: Path, rows: Sequence[Row]) -> None:
-    """Held-out reality against creativity, one point a mode."""
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
-    middle = (min(row.entropy for row in rows) + max(row.entropy for row in rows)) / 2
-    for row in rows:
-        trained = row.balance is not None
-        axes.plot(row.entropy, row.cross_entropy, "o" if trained else "s", markersize=9)
-        axes.annotate(
-            row.label,
-            (row.entropy, row.cross_entropy),
-            textcoords="offset points",
-            xytext=(0, 10),
-            ha="left" if row.entropy < middle else "right",
-            parse_math=False,
-        )
-    modes = sorted((row for row in rows if row.balance is not None), key=lambda row: row.balance)
-    axes.plot([r.entropy for r in modes], [r.cross_entropy for r in modes], ":", color="grey", zorder=0)
-    axes.margins(0.15)
-    axes.set_xlabel("creativity: held-out entropy (nats), more open to the right")
-    axes.set_ylabel("reality: held-out cross-entropy (nats), truer below")
-    axes.set_title("Reality against creativity")
-    axes.grid(alpha=0.3)
-    with writing(path):
-        figure.savefig(path, dpi=120)

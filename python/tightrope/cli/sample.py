@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 PROMPTS = (
@@ -15,14 +17,17 @@ NEW_TOKENS = 40
 
 
 @torch.no_grad()
-def sample(model, tokenizer, seed: int, temperature: float = 1.0) -> list[list[int]]:
+def sample(
+    model, tokenizer, seed: int, temperature: float = 1.0, prefix: Sequence[int] = ()
+) -> list[list[int]]:
     """Token ids of `SAMPLES` continuations of each of `PROMPTS`, in order, drawn from the model's own
-    distribution (nothing cut off). All have `NEW_TOKENS` tokens, none of them the end."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    prompts = [prompt for prompt in PROMPTS for _ in range(SAMPLES)]
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    distribution (nothing cut off). All have `NEW_TOKENS` tokens, none of them the end.
+
+    prefix: what stands before each prompt: the tokens of a mode.
+    """
+    ids = tokenizer(list(PROMPTS), add_special_tokens=False)["input_ids"]
+    rows = [{"input_ids": [*prefix, *prompt]} for prompt in ids for _ in range(SAMPLES)]
+    batch = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
     torch.manual_seed(seed)
     output = model.generate(
         input_ids=batch["input_ids"],

@@ -7,8 +7,8 @@ states; so does anything else that has both, such as the states of a training sc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,11 @@ class Head:
         softcap = _number(config, "final_logit_softcapping", None)
         bias = getattr(head, "bias", None)
         return cls(head.weight.detach(), None if bias is None else bias.detach(), scale, softcap)
+
+    def first(self, classes: int) -> Head:
+        """The head of the first classes alone."""
+        bias = None if self.bias is None else self.bias[:classes]
+        return replace(self, weight=self.weight[:classes], bias=bias)
 
     @property
     def chunk(self) -> int:
@@ -91,8 +96,11 @@ class Subject:
     head: Head
 
     @classmethod
-    def of(cls, model: nn.Module | Subject) -> Subject:
+    def of(cls, model: nn.Module | Subject, prefix: Sequence[int] = ()) -> Subject:
         """A causal language model of transformers as a subject; a subject is one already.
+
+        Args:
+            prefix: token ids that stand before each window, and are not scored: those of a mode.
 
         Raises:
             TypeError: it is neither.
@@ -105,7 +113,13 @@ class Subject:
                 f"model: got {type(model).__name__}, expected a causal language model of "
                 "transformers or a Subject"
             )
-        return cls(lambda windows: model.base_model(windows, use_cache=False)[0], Head.of(model))
+        before = torch.tensor(prefix, dtype=torch.long)
+
+        def hidden(windows: Tensor) -> Tensor:
+            ids = torch.cat([before.to(windows.device).expand(len(windows), -1), windows], 1)
+            return model.base_model(ids, use_cache=False)[0][:, len(before) :]
+
+        return cls(hidden, Head.of(model))
 
     @torch.no_grad()
     def rows(self, windows: Tensor, batch_size: int) -> Tensor:
@@ -124,7 +138,8 @@ class Subject:
             ValueError: they differ, so no statistic here would be that of the model.
         """
         window = window[None].to(self.head.weight.device)
-        expected, got = model(window, use_cache=False).logits, self.head.logits(self.hidden(window))
+        got = self.head.logits(self.hidden(window))
+        expected = model(window, use_cache=False).logits[..., : got.shape[-1]]
         if expected.shape != got.shape or not torch.allclose(got, expected, rtol=1e-3, atol=1e-3):
             raise ValueError(
                 f"the logits of {type(model).__name__} are not its head on its last hidden states, "

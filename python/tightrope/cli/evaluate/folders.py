@@ -12,45 +12,53 @@ import torch
 from torch import Tensor
 
 from ... import evaluation
-from .. import data, model
+from .. import data, model, modes
 from ..errors import UserError
 
 
 class Loaded(NamedTuple):
-    """A model with its tokenizer, and how Tightrope sees it."""
+    """A model with its tokenizer, how Tightrope sees it, and a mode's tokens, which stand before texts."""
 
     network: object
     tokenizer: object
     subject: evaluation.Subject
+    prefix: tuple[int, ...] = ()
 
 
-def load(folders: dict[str, Path]) -> dict[str, Loaded]:
-    """Loads each folder once; keys are the options that chose them, as they are said in an error."""
-    for option, folder in folders.items():
-        if not folder.is_dir():
-            raise UserError(f"{option}: no folder {folder}")
-    loaded: dict[Path, Loaded] = {}
-    result: dict[str, Loaded] = {}
-    for option, folder in folders.items():
-        place = folder.resolve()
-        if place not in loaded:
-            network, tokenizer = model.load(folder, option)
-            try:
-                loaded[place] = Loaded(network, tokenizer, evaluation.Subject.of(network))
-            except ValueError as error:
-                raise UserError(f"{option}: {error}") from None
-        result[option] = loaded[place]
-    return result
+def load(option: str, folder: Path, trust_remote_code: bool) -> dict[str, Loaded]:
+    """A model; or one with modes, as many as it has, by their names. Without modes its name is empty.
+
+    Their tokens are no classes here: nothing that is to be predicted, and never sampled.
+
+    Raises:
+        UserError: the folder cannot be loaded, or what is in it has no head.
+    """
+    network, tokenizer = model.load(folder, option, trust_remote_code)
+    known = modes.of(network)
+    try:
+        head = evaluation.Head.of(network)
+        if known:
+            head = head.first(min(index for mode in known.values() for index in mode.tokens))
+        found = {}
+        for mode in known.values() or (None,):
+            prefix = tuple(modes.prefix(tokenizer, mode)) if mode else ()
+            hidden = evaluation.Subject.of(network, prefix).hidden
+            found[mode.name if mode else ""] = Loaded(
+                network, tokenizer, evaluation.Subject(hidden, head), prefix
+            )
+    except ValueError as error:
+        raise UserError(f"{option}: {error}") from None
+    return found
 
 
 def check(loaded: dict[str, Loaded], judge: str, windows: Tensor) -> None:
     """Raise UserError where a model is not to be compared with the judge, or does not take such windows."""
-    vocabulary = loaded[judge].tokenizer.get_vocab()
+    vocabulary = _words(loaded[judge])
     length = windows.shape[1]
     # A folder may have been given twice.
     different = {id(one.network): (option, *one) for option, one in loaded.items()}
-    for option, network, tokenizer, subject in different.values():
-        ours = tokenizer.get_vocab()
+    for option, network, _, subject, prefix in different.values():
+        ours = _words(loaded[option])
         if ours != vocabulary:
             differ = sum(vocabulary.get(token) != index for token, index in ours.items())
             raise UserError(
@@ -58,24 +66,29 @@ def check(loaded: dict[str, Loaded], judge: str, windows: Tensor) -> None:
                 f"judge's {len(vocabulary)} have not, or have by another number; expected the same vocabulary"
             )
         longest = getattr(network.config, "max_position_embeddings", None) or length
-        if length > longest:
+        if length + len(prefix) > longest:
+            longest -= len(prefix)
             raise UserError(f"--sequence-length: got {length}, {option} takes up to {longest}")
         try:
             evaluation.check_vocabulary(option, subject, loaded[judge].subject)
-            subject.check(network, windows[0])
+            evaluation.Subject(evaluation.Subject.of(network).hidden, subject.head).check(network, windows[0])
         except ValueError as error:
             message = str(error).removeprefix(f"{option}: ")
             raise UserError(f"{option}: {message}") from None
 
 
-def make_windows(
-    tokenizer: object, text: str, *, length: int, count: int | None, most: int, seed: int
-) -> Tensor:
-    """Windows of a text, ``(W, length)``: first those that `tightrope train` holds out under the same seed.
+def _words(one: Loaded) -> dict[str, int]:
+    """The tokens of a tokenizer, but for those of modes."""
+    told = {index for mode in modes.of(one.network).values() for index in mode.tokens}
+    return {token: index for token, index in one.tokenizer.get_vocab().items() if index not in told}
+
+
+def make_windows(tokenizer: object, text: str, *, length: int, count: int | None, most: int) -> Tensor:
+    """Windows of a text, ``(W, length)``: first those that `tightrope train` holds out at the same length.
 
     count: as many as a person asked for, or None: what there is, ``most`` at most.
     """
-    cut = data.make_windows(tokenizer, text, length=length, batch_size=1, seed=seed)
+    cut = data.make_windows(tokenizer, text, length=length, batch_size=1)
     available = len(cut.held_out) + len(cut.train)
     if count is not None and count > available:
         raise UserError(f"--windows: got {count}, the text has {available} of {length} tokens")

@@ -29,6 +29,7 @@ class Options:
     model: dict[str, Path]
     plain: str | None
     judge: Path | None
+    trust_remote_code: bool
     text: Path | None
     out: Path
     temperature: list[float] | None
@@ -48,55 +49,67 @@ class Options:
     def min_ps(self) -> list[float]:
         return sorted(set(self.min_p or (QUICK_MIN_PS if self.quick else evaluation.MIN_PS)))
 
-    def roles(self) -> tuple[str, Path]:
-        """The name of the plain model, and the judge's folder.
 
-        Raises:
-            UserError: there is no judge, or no model of that name.
-        """
-        names = ", ".join(self.model)
-        if self.judge is None and "judge" not in self.model:
-            raise UserError(
-                f"--judge: got none, and no model of {names} is called judge; expected a folder with a model "
-                "that was trained longer, to say what is plausible"
-            )
-        if self.plain is not None and self.plain not in self.model:
-            raise UserError(f"--plain: got {self.plain!r}, expected one of {names}")
-        others = [name for name in self.model if name != "judge" or self.judge is not None]
-        return self.plain or (others or ["judge"])[0], self.judge or self.model["judge"]
+def load(options: Options) -> tuple[dict[str, folders.Loaded], str, folders.Loaded]:
+    """The models by name, each mode of one with modes among them; which of them is the plain one; the judge.
+
+    Where nobody is named judge, it is the least open mode of the first model with modes.
+
+    Raises:
+        UserError: a folder is not as it should be, there is no judge, or no model of a name.
+    """
+    if options.judge is not None:
+        _, judge = next(iter(folders.load("--judge", options.judge, options.trust_remote_code).items()))
+    found: dict[str, folders.Loaded] = {}
+    for name, folder in options.model.items():
+        modes = folders.load(f"--model {name}", folder, options.trust_remote_code)
+        for mode, one in modes.items():
+            found[(mode if len(options.model) == 1 else f"{name} {mode}") if mode else name] = one
+    names = ", ".join(found)
+    if options.judge is None:
+        judge = found.get("judge") or next((one for one in found.values() if one.prefix), None)
+    if judge is None:
+        raise UserError(
+            f"--judge: got none, and no model of {names} is called judge; expected a folder with a model "
+            "that was trained longer, to say what is plausible"
+        )
+    if options.plain is not None and options.plain not in found:
+        raise UserError(f"--plain: got {options.plain!r}, expected one of {names}")
+    others = [name for name in found if name != "judge" or options.judge is not None]
+    return found, options.plain or (others or ["judge"])[0], judge
 
 
 def run(options: Options) -> None:
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = max(console.width, report.WIDTH)
-    plain, judge = options.roles()
     text = data.read_text(options.text)
     with phase(console, "loading the models"):
-        loaded = folders.load(
-            {"--judge": judge, **{f"--model {name}": folder for name, folder in options.model.items()}}
-        )
+        models, plain, judge = load(options)
     with phase(console, "tokenising the text"):
         windows = folders.make_windows(
-            loaded["--judge"].tokenizer,
+            judge.tokenizer,
             text,
             length=options.sequence_length,
             count=options.windows,
             most=QUICK_WINDOWS if options.quick else WINDOWS,
-            seed=options.seed,
         )
     with phase(console, "checking the models"):
-        folders.check(loaded, "--judge", windows)
+        checked = {"--judge": judge, **{f"--model {name}": model for name, model in models.items()}}
+        folders.check(checked, "--judge", windows)
     with output.opened(options.out, report.FILES):
-        _run(options, console, plain, loaded, windows)
+        _run(options, console, plain, judge.subject, models, windows)
     console.print(f"written to {options.out}: {output.written(options.out, report.FILES)}")
 
 
 def _run(
-    options: Options, console: Console, plain: str, loaded: dict[str, folders.Loaded], windows: Tensor
+    options: Options,
+    console: Console,
+    plain: str,
+    judge: evaluation.Subject,
+    models: dict[str, folders.Loaded],
+    windows: Tensor,
 ) -> None:
-    judge = loaded["--judge"].subject
-    models = {name: loaded[f"--model {name}"] for name in options.model}
     rows: list[evaluation.Row] = []
     sampled: list[samples.Sampled] = []
     with CsvLog(options.out / "evaluate.csv", report.COLUMNS) as log:

@@ -31,8 +31,8 @@ class Sampled(NamedTuple):
 
 def draw(name: str, loaded: Loaded, judge: evaluation.Subject, seed: int, temperature: float) -> Sampled:
     """Samples a model and measures the continuations."""
-    network, tokenizer, _ = loaded
-    continuations = sample.sample(network, tokenizer, seed, temperature)
+    network, tokenizer, _, prefix = loaded
+    continuations = sample.sample(network, tokenizer, seed, temperature, prefix)
     return Sampled(
         name,
         temperature,
