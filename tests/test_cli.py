@@ -16,7 +16,9 @@ import torch
 
 from tightrope import __version__
 from tightrope.cli.errors import UserError
-from tiny_models import TRAIN_EXTRA, assert_one_line, run, run_until, save_tiny
+from tiny_models import TRAIN_EXTRA, assert_one_line, cells, history, run, run_until, save_tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # as in test_train.py
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +272,7 @@ def test_train_writes_every_file(capsys, tiny, text, tmp_path):
             "summary.md",
         ]
 
-    summary = {cells[0]: cells[1:] for cells in table(out / "summary.md")}
+    summary = cells(out / "summary.md")
     assert list(summary) == ["exact", "balance 0.3", "tightrope", "eager PyTorch"]
     for mode, balance in (("exact", "0"), ("balance 0.3", "0.3")):
         assert summary[mode][0] == balance and mode in printed
@@ -283,25 +285,12 @@ def test_train_writes_every_file(capsys, tiny, text, tmp_path):
     assert samples.count("\n## ") == 2 and samples.count("\n- ") == 2 * 16
 
 
-def table(path):
-    """The cells of the lines of a file's tables, without their heads."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [row for row in rows if row[0] not in ("---", "mode", "implementation")]
-
-
 def test_a_mode_without_a_name_is_called_by_its_balance():
     """Two names for one mode; a name that a table has twice."""
     from tightrope.cli.options import named_share
 
     assert named_share("0.1") == named_share("0.10") == ("balance 0.1", 0.1)
     assert named_share("bold=0.1") == ("bold", 0.1)
-
-
-def history(out):
-    """What was logged of every step."""
-    state = json.loads((out / "checkpoints" / "trainer_state.json").read_text())
-    return [row for row in state["log_history"] if "loss" in row]
 
 
 def test_the_loss_is_made_of_its_terms(capsys, tiny, text, tmp_path):
@@ -329,7 +318,8 @@ def test_same_seed_gives_the_same_numbers(capsys, tiny, text, tmp_path):
         assert run(capsys, *small_run(tiny, text, out, seed=seed))[0] == 0
         keys = ("loss", "grad_norm", "creative/entropy")
         losses = [[row.get(key) for key in keys] for row in history(out)]
-        return losses, table(out / "summary.md")[:3], (out / "samples.md").read_text()
+        modes = [cells(out / "summary.md")[mode] for mode in ("precise", "balanced", "creative")]
+        return losses, modes, (out / "samples.md").read_text()
 
     first = numbers("first", 1)
     assert numbers("again", 1) == first

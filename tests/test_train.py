@@ -12,12 +12,14 @@ import time
 import pytest
 import torch
 
-from tiny_models import TRAIN_EXTRA, assert_one_line, make_tokenizer, run, save_tiny
+from tiny_models import TRAIN_EXTRA, assert_one_line, history, make_tokenizer, run, save_tiny
 
 for name in TRAIN_EXTRA:
     pytest.importorskip(name)
 
 KINDS = ("lora", "blocks", "all")
+# Of tiny models, beside another process of tests: teams of threads would take ten times as long.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -51,13 +53,6 @@ def trained(tiny, text, tmp_path_factory):
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return out
-
-
-def losses(out):
-    """Of every step, as the last checkpoint, or the end of the run, has them."""
-    states = sorted(out.glob("checkpoints/checkpoint-*/trainer_state.json"), key=lambda p: p.stat().st_mtime)
-    history = json.loads(states[-1].read_text())["log_history"]
-    return {row["step"]: row["loss"] for row in history if "loss" in row}
 
 
 def test_a_run_leaves_a_model_with_modes(trained):
@@ -124,15 +119,6 @@ def test_accumulated_batches_are_one_batch(capsys, tiny, text, tmp_path):
         assert a["a/entropy"] == pytest.approx(b["a/entropy"], rel=1e-5)
 
 
-def history(out):
-    """What was logged, of every step and evaluation."""
-    return [
-        row
-        for row in json.loads((out / "checkpoints" / "trainer_state.json").read_text())["log_history"]
-        if "loss" in row or "eval_loss" in row
-    ]
-
-
 def test_reports_and_evaluation(capsys, tiny, text, tmp_path):
     """A mode that is not evaluated; figures that no report gets; a target that steers nothing."""
     pytest.importorskip("tensorboard")
@@ -171,8 +157,8 @@ def test_resumed_after_a_kill_it_ends_as_if_it_had_not_been(tiny, text, tmp_path
     (cut / "checkpoints" / "checkpoint-99" / "trainer_state.json").write_text("")  # cut short
     arguments.append("--resume")
     assert subprocess.run([sys.executable, "-m", "tightrope", *arguments], timeout=240).returncode == 0
-    expected = losses(whole)
-    assert losses(cut) == expected and sorted(expected) == list(range(1, 15))
+    expected, resumed = ([(row["step"], row["loss"]) for row in history(out)] for out in (whole, cut))
+    assert resumed == expected and [step for step, _ in expected] == list(range(1, 15))
 
 
 class _Runs:

@@ -1,6 +1,7 @@
 """Tiny models in folders, and the command, run in this process or another: what its tests share."""
 
 import csv
+import json
 import subprocess
 import sys
 import time
@@ -56,6 +57,19 @@ def assert_one_line(result, *words):
 def read_csv(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def history(out):
+    """What a run of train logged, of every step and evaluation."""
+    state = json.loads((out / "checkpoints" / "trainer_state.json").read_text())
+    return [row for row in state["log_history"] if "loss" in row or "eval_loss" in row]
+
+
+def cells(path):
+    """The lines of a file's Markdown tables by their first cell."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {name: values for name, *values in rows if name not in ("---", "mode", "implementation")}
 
 
 def make_tokenizer(size=300):
