@@ -105,13 +105,7 @@ def run(options: Options) -> None:
 
 def _refuse_to_replace(folder: Path) -> None:
     """Raise UserError where a folder is there that no run has made, such as the model to be trained."""
-    if not folder.exists():
-        return
-    try:
-        made = "tightrope" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        made = False
-    if not made:
+    if folder.exists() and "tightrope" not in _json(folder / "config.json"):
         raise UserError(f"--out: {folder} is there, and no model that train made: expected another folder")
 
 
@@ -120,10 +114,9 @@ def _checkpoint(options: Options) -> Path | None:
     folder, stored = options.out / CHECKPOINTS, options.out / CHECKPOINTS / OPTIONS
     if not options.resume:
         return None
-    try:
-        before = json.loads(stored.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"--resume: {options.out} has no run to resume: no {stored}") from None
+    before = _json(stored)
+    if not before:
+        raise UserError(f"--resume: {options.out} has no run to resume: no {stored}")
     now = options.stored()
     changed = sorted(name for name in now if now[name] != before.get(name))
     if changed:
@@ -138,15 +131,16 @@ def _checkpoint(options: Options) -> Path | None:
 def _last(folder: Path) -> Path | None:
     """The last whole checkpoint in a folder."""
     # Trainer writes this file last: a folder without it was cut short.
-    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if _readable(p)]
+    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if _json(p)]
     return max(whole, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
-def _readable(path: Path) -> bool:
+def _json(path: Path) -> dict:
+    """What a file holds; nothing where it is not there, or was cut short."""
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8")))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
+        return {}
 
 
 def _run(
@@ -158,7 +152,6 @@ def _run(
     checkpoint: Path | None,
 ) -> None:
     torch.manual_seed(options.seed)
-    costs = None
     with phase(console, "measuring the loss beside eager PyTorch"):
         costs = probe.measure(*_probe_inputs(network, split.train), max(options.modes.values()))
     known = modes.add(network, tokenizer, options.modes, creativity=options.creativity)

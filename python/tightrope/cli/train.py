@@ -6,7 +6,6 @@ mode, from one pass over the vocabulary whose logits never exist.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -22,9 +21,6 @@ from tightrope.integrations import Handle
 from . import modes
 from .data import Sequence as Tokens
 from .progress import progress_bar
-
-# The modes of a comparison are there to be compared, whatever their balance.
-warnings.filterwarnings("ignore", category=tightrope.BalanceWarning)
 
 _TARGETS = "tightrope.modes"
 _MEANS = ("cross_entropy", "entropy", "token_accuracy", "support_entropy")

@@ -65,7 +65,7 @@ def check(loaded: dict[str, Loaded], judge: str, windows: Tensor) -> None:
                 f"{option}: its tokenizer is not the judge's: got {len(ours)} tokens, {differ} of which the "
                 f"judge's {len(vocabulary)} have not, or have by another number; expected the same vocabulary"
             )
-        longest = getattr(network.config, "max_position_embeddings", None) or length
+        longest = model.longest(network) or length
         if length + len(prefix) > longest:
             longest -= len(prefix)
             raise UserError(f"--sequence-length: got {length}, {option} takes up to {longest}")
