@@ -179,13 +179,16 @@ def spread(values: Sequence[float], digits: str = ".3f") -> str:
 
 
 def report(path: Path) -> str:
-    """The Markdown table of modes.csv: means over seeds, with their range."""
+    """The Markdown table of modes.csv: means over seeds, with their range.
+
+    The last columns are beside the precise mode, and beside the model of that mode alone, at the temperature
+    of the same entropy: cross-entropy less theirs, and the implausible mass as a share of theirs.
+    """
     seeds = rows_of(path)
-    header = (
-        "| model | entropy | cross-entropy | implausible | top-1 | at temperature | "
-        "difference | ratio |\n|---|---:|---:|---:|---:|---:|---:|---:|"
-    )
-    lines = [header]
+    lines = [
+        "| model | entropy | cross-entropy | implausible | top-1 "
+        "| beside precise | its share | beside precise alone | its share |\n" + "|---|" + "---:|" * 8
+    ]
     for name in next(iter(seeds.values())):
         own = [next(r for r in found[name] if r.temperature == 1) for found in seeds.values()]
         columns = [
@@ -194,15 +197,15 @@ def report(path: Path) -> str:
             spread([r.implausible_mass for r in own], ".2%"),
             spread([r.top1_accuracy for r in own], ".1%"),
         ]
-        same = [Curve(found["precise"]).at(r.entropy) for r, found in zip(own, seeds.values())]
-        if name != "precise" and all(same):
+        for other in ("precise", "precise alone"):
+            same = [Curve(found[other]).at(r.entropy) for r, found in zip(own, seeds.values())]
+            if name == other or not all(same):
+                columns += ["", ""]
+                continue
             columns += [
-                spread([s.temperature for s in same], ".2f"),
                 spread([r.cross_entropy - s.cross_entropy for r, s in zip(own, same)], "+.3f"),
                 spread([r.implausible_mass / s.implausible_mass for r, s in zip(own, same)], ".2f"),
             ]
-        else:
-            columns += ["", "", ""]
         lines.append("| " + " | ".join([name, *columns]) + " |")
     return "\n".join(lines)
 
@@ -244,7 +247,7 @@ def draw_positions(path: Path, source: Path) -> None:
                 continue
             means = torch.tensor([sum(v) / len(v) for _, v in sorted(at.items())])
             smooth = means.unfold(0, 10, 5).mean(-1)
-            column["then" in name].plot(range(5, 5 + 5 * len(smooth), 5), smooth, label=name)
+            column[int("then" in name)].plot(range(5, 5 + 5 * len(smooth), 5), smooth, label=name)
         column[0].set(title=f"prompts {kind}")
         column[1].axvline(CHANGE, color="0.5", linewidth=0.8)
         column[1].set(xlabel="tokens written")
