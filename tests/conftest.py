@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from zlib import crc32
 
 # Idle threads sleep instead of spinning: on a busy machine spinning makes tiny loops a hundred times
 # slower. OpenMP reads it when torch is loaded.
@@ -25,8 +26,30 @@ settings.load_profile("tightrope")
 LONG = ("test_demo.py", "test_triton_interpreter.py", "test_large_index.py")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--every-case", action="store_true", help="all cases of tests that are marked one_in")
+
+
+def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.path.name not in LONG)
+    if not config.getoption("--every-case"):
+        kept = set(a_share_of(items))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+
+
+def a_share_of(items):
+    """All tests; of those marked ``one_in(n)`` a share of the cases, by their names, and one at least."""
+    numbers = {item: crc32(item.nodeid.encode()) for item in items}
+    least = {}
+    for item in items:
+        function = (item.path, item.originalname)
+        least[function] = min(least.get(function, numbers[item]), numbers[item])
+    for item in items:
+        mark = item.get_closest_marker("one_in")
+        first = numbers[item] == least[item.path, item.originalname]
+        if mark is None or first or numbers[item] % mark.args[0] == 0:
+            yield item
 
 
 @pytest.fixture(autouse=True)
