@@ -7,79 +7,27 @@ of the statistics arrive. The losses between statistics and result are plain PyT
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .ambient import has_values, may_read
+from .ambient import differentiable, has_values, may_read, transformed
 from .arguments import Arguments, LinearArguments, LogitsArguments
 from .coefficients import row_coefficients
+from .derivatives import StatsGradient, VocabStats, statistics, upstream_of
 from .distributed.collectives import same_on_ranks
 from .losses import RealityCreativity
-from .statistics import FLOATING, RowStats, StatGrads, row_stats
+from .statistics import RowStats
 from .strategies import ops, own
 from .strategies.chunked import Needs
-
-_FIRST_ORDER = (
-    "tightrope: got a derivative of a gradient (a gradient penalty, a Hessian-vector product, any use of "
-    "what create_graph=True gave), expected gradients of first order only; for that part of a loss take "
-    "F.cross_entropy of logits"
-)
-
-
-class _FirstOrder(Function):
-    """(count, *gradients, *sources) -> the gradients, whose own derivative by the sources is an error."""
-
-    @staticmethod
-    def forward(ctx, count, *tensors):
-        ctx.mark_dirty(*tensors[:count])  # no copy, and no view, which nobody could add to in place
-        return tensors[:count]
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(_FIRST_ORDER)
-
-
-def first_order(backward: Callable) -> Callable:
-    """A backward whose gradients cannot be differentiated, and say so, whatever else the graph holds.
-
-    torch's once_differentiable raises only where the upstream gradient requires grad: a penalty on a gradient
-    that is added to another loss would silently be lost. The sources are the saved tensors that require grad.
-    """
-
-    @functools.wraps(backward)
-    def wrapped(ctx, *upstream):
-        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        with torch.no_grad():
-            result = backward(ctx, *upstream)
-        if not create_graph:
-            return result
-        sources = [t for t in (*ctx.saved_tensors, *upstream) if t is not None and t.requires_grad]
-        places = [i for i, gradient in enumerate(result) if gradient is not None]
-        marked = _FirstOrder.apply(len(places), *(result[i] for i in places), *sources)
-        out = list(result)
-        for i, gradient in zip(places, marked):
-            out[i] = gradient
-        return tuple(out)
-
-    return wrapped
-
-
-def _stat_grads(grads: tuple[Tensor | None, ...]) -> StatGrads:
-    named = dict(zip(RowStats._fields, grads))
-    return StatGrads(**{name: named[name] for name in FLOATING if name in named})
+from .targets import Target
 
 
 def _wanted(gradients, needed) -> tuple[Tensor | None, ...]:
     return tuple(g if need else None for g, need in zip(gradients, needed))
-
-
-def _statistics(summary: Tensor, argmax: Tensor) -> tuple[Tensor, ...]:
-    """The fields of RowStats, as many as there are."""
-    return tuple(s for s in row_stats(summary, argmax) if s is not None)
 
 
 def _temperature_needed(ctx, after: int, group: type[Arguments]) -> bool:
@@ -106,15 +54,19 @@ class LinearVocabStats(Function):
         ctx.others = arguments.others()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(argmax)
-        return _statistics(summary, argmax)
+        return statistics(summary, argmax)
 
     @staticmethod
-    @first_order
     def backward(ctx, *grads):
         summary, input, weight, bias, *tensors = ctx.saved_tensors
         arguments = LinearArguments.join(tensors, ctx.others)
-        coef = row_coefficients(summary, _stat_grads(grads), arguments.vocab_size(weight.shape[0]))
         needed = (*ctx.needs_input_grad[:3], _temperature_needed(ctx, 3, LinearArguments))
+        upstream = upstream_of(grads)
+        if differentiable():
+            values = (input, weight, bias, *arguments.flat())
+            *to_head, to_temperature = StatsGradient.apply(needed, summary, *upstream, *values)
+            return *to_head, *_of_group(to_temperature, LinearArguments)
+        coef = row_coefficients(summary, upstream, arguments.vocab_size(weight.shape[0]))
         gradients = ops.linear_stats_backward(summary, coef, Needs(*needed), input, weight, bias, arguments)
         *to_head, to_temperature = _wanted(gradients, needed)
         return *to_head, *_of_group(to_temperature, LinearArguments)
@@ -131,18 +83,38 @@ class LogitsVocabStats(Function):
         ctx.others = arguments.others()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(argmax)
-        return _statistics(summary, argmax)
+        return statistics(summary, argmax)
 
     @staticmethod
-    @first_order
     def backward(ctx, *grads):
         summary, logits, *tensors = ctx.saved_tensors
         arguments = LogitsArguments.join(tensors, ctx.others)
-        coef = row_coefficients(summary, _stat_grads(grads), arguments.vocab_size(logits.shape[1]))
         needed = (ctx.needs_input_grad[0], _temperature_needed(ctx, 1, LogitsArguments))
+        upstream = upstream_of(grads)
+        if differentiable():
+            needs, values = (needed[0], False, False, needed[1]), (logits, None, None, *arguments.flat())
+            to_logits, *_, to_temperature = StatsGradient.apply(needs, summary, *upstream, *values)
+            return to_logits, *_of_group(to_temperature, LogitsArguments)
+        coef = row_coefficients(summary, upstream, arguments.vocab_size(logits.shape[1]))
         gradients = ops.logits_stats_backward(summary, coef, needed[1], logits, arguments)
         to_logits, to_temperature = _wanted(gradients, needed)
         return to_logits, *_of_group(to_temperature, LogitsArguments)
+
+
+def linear_row_stats(
+    input: Tensor, weight: Tensor, bias: Tensor | None, arguments: LinearArguments
+) -> RowStats:
+    """The statistics of each row [N] of hidden states under a head, in whatever way is differentiated."""
+    if transformed():
+        return RowStats(*VocabStats.apply(input, weight, bias, *arguments.flat())[:-1])
+    return RowStats(*LinearVocabStats.apply(input, weight, bias, *arguments.flat()))
+
+
+def logits_row_stats(logits: Tensor, arguments: LogitsArguments) -> RowStats:
+    """The same of logits."""
+    if transformed():
+        return RowStats(*VocabStats.apply(logits, None, None, *arguments.flat())[:-1])
+    return RowStats(*LogitsVocabStats.apply(logits, *arguments.flat()))
 
 
 class ChunkedLoss(Function):
@@ -171,17 +143,18 @@ class ChunkedLoss(Function):
         ctx.save_for_backward(row_loss, to_balance, *_wanted(gradients, needed), *sources)
         ctx.dtypes = [None if t is None else t.dtype for t in sources]
         ctx.shared_by = arguments.group if arguments.sharded else None
+        if not torch.compiler.is_compiling():
+            ctx.again = Again(_built_in, (RealityCreativity(*family), target_square), arguments)
         ctx.mark_non_differentiable(summary, argmax)
         return (row_scale * row_loss).sum(), summary, argmax
 
     @staticmethod
-    @first_order
     def backward(ctx, upstream, *_):
         needs = ctx.needs_input_grad
         needed = (*needs[:2], *needs[4:7], _temperature_needed(ctx, 7, LinearArguments))
         if ctx.shared_by is not None:
             upstream = same_on_ranks(upstream, ctx.shared_by)
-        scaled = _scale(_wanted(ctx.saved_tensors, needed), ctx.dtypes, upstream)
+        scaled = _gradients(ctx, needed, upstream)
         return *scaled[:2], None, None, *scaled[2:5], *_of_group(scaled[5], LinearArguments)
 
 
@@ -204,29 +177,91 @@ class OwnChunkedLoss(Function):
         ctx.save_for_backward(record.row_loss, *gradients.flat(), *to_args, *sources)
         ctx.dtypes = [None if t is None else t.dtype for t in sources]
         ctx.shared_by = arguments.group if arguments.sharded else None
+        if not torch.compiler.is_compiling():
+            ctx.again = Again(_own, (loss_fn,), arguments)
         ctx.mark_non_differentiable(record.summary, record.argmax)
         return (row_scale * record.row_loss).sum(), record.summary, record.argmax
 
     @staticmethod
-    @first_order
     def backward(ctx, upstream, *_):
         needs = ctx.needs_input_grad
         needed = (*needs[1:6], *needs[7:])
         if ctx.shared_by is not None:
             upstream = same_on_ranks(upstream, ctx.shared_by)
-        scaled = _scale(_wanted(ctx.saved_tensors, needed), ctx.dtypes, upstream)
+        scaled = _gradients(ctx, needed, upstream)
         return None, *scaled[:5], None, *scaled[5:]
 
 
-def _scale(gradients, dtypes, upstream: Tensor) -> list[Tensor | None]:
+class Again:
+    """A chunked loss as a function of the statistics: what has a second derivative.
+
+    The gradients that the forward pass made are numbers. Where a graph of them is asked for the loss is taken
+    again by streaming, and differentiated as any function of the statistics is.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], given: tuple, arguments: LinearArguments):
+        self.function, self.given, self.arguments = function, given, arguments
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        tensors = (*self.given, *self.arguments.tensors())
+        return [t._version for t in tensors if isinstance(t, Tensor) and not t.is_inference()]
+
+    def gradients(self, sources, needed: tuple[bool, ...], upstream: Tensor) -> list[Tensor | None]:
+        """The gradients of the loss, of those sources that are needed, with their graph."""
+        if self._versions() != self.versions:
+            raise RuntimeError(
+                "tightrope: a target, or another tensor that a loss was called with, was modified in place "
+                "before its backward with create_graph=True; expected it as it was"
+            )
+        # Views of the sources: one of them may follow from another, whose gradient is then not to be seen.
+        sources = [s.view_as(s) if isinstance(s, Tensor) else s for s in sources]
+        loss = self.function(*self.given, self.arguments, *sources)
+        wanted = [s for s, need in zip(sources, needed) if need]
+        found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=True, materialize_grads=True))
+        return [next(found) if need else None for need in needed]
+
+
+def _built_in(
+    family, target_square, arguments, row_scale, balance, input, weight, bias, temperature
+) -> Tensor:
+    stats = linear_row_stats(input, weight, bias, replace(arguments, temperature=temperature))
+    return _total(family(stats, balance, target_square), row_scale, arguments)
+
+
+def _own(loss_fn, arguments, row_scale, input, weight, bias, temperature, *row_args) -> Tensor:
+    stats = linear_row_stats(input, weight, bias, replace(arguments, temperature=temperature))
+    loss = own.evaluate(loss_fn, stats, row_args, arguments.part(Target).is_given)
+    return _total(loss, row_scale, arguments)
+
+
+def _total(loss: Tensor, row_scale: Tensor, arguments: LinearArguments) -> Tensor:
+    if arguments.valid is not None:
+        loss = torch.where(arguments.valid, loss, 0.0)
+    return (row_scale * loss).sum()
+
+
+def _gradients(ctx, needed: tuple[bool, ...], upstream: Tensor) -> list[Tensor | None]:
+    """The gradients of a chunked loss: scaled, or where their graph is asked for made again."""
+    saved = ctx.saved_tensors
+    if torch.compiler.is_compiling():
+        return _scale(_wanted(saved, needed), ctx.dtypes, upstream, kept=True)
+    if torch.is_grad_enabled():
+        return ctx.again.gradients(saved[len(needed) :], needed, upstream)
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+    if not kept:
+        ctx.again = None  # who keeps the loss keeps no target with it
+    return _scale(_wanted(saved, needed), ctx.dtypes, upstream, kept)
+
+
+def _scale(gradients, dtypes, upstream: Tensor, kept: bool) -> list[Tensor | None]:
     """Each gradient times the upstream one, then rounded to its tensor's dtype: once.
 
-    The saved gradients are scaled in place only where nobody can see them again, that is where the graph
-    is freed after this backward. A second backward through a kept graph so gets the right answer, and an
-    ordinary one holds no second gradient of the head.
+    kept: the graph is kept after this backward. The saved gradients are scaled in place only where nobody can
+    see them again. A second backward through a kept graph so gets the right answer, and an ordinary one holds
+    no second gradient of the head.
     """
-    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    if not has_values(upstream) or kept():
+    if kept or not has_values(upstream) or transformed():
         scaled = [None if g is None else g * upstream for g in gradients]
     elif may_read(upstream) and upstream.item() == 1.0:
         scaled = gradients

@@ -126,7 +126,7 @@ def _side_tangent(
     grads: StatGrads,
     side: str,
 ) -> RowCoefficients:
-    """The derivative of `_of_side`. s, d: the statistics and theirs; moved: that of the coefficients `whole`."""
+    """The derivative of `_of_side`. s, d: the statistics and theirs; moved: that of `whole`."""
     own, across = ("support", "rest") if side == "set" else ("rest", "support")
     log_mass, to_log_mass = s[f"{own}_log_mass"], getattr(grads, f"{own}_log_mass")
     to_log_other = getattr(grads, f"{across}_log_mass")

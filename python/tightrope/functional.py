@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import tokens as _tokens
 from . import validation
-from .autograd import ChunkedLoss, LinearVocabStats, OwnChunkedLoss
+from .autograd import ChunkedLoss, OwnChunkedLoss, linear_row_stats
 from .distributed.joint import joint
 from .distributed.layout import VocabParallel
 from .prepare import (
@@ -246,7 +246,7 @@ def linear_reality_creativity_loss(
         )
         stats = row_stats(summary, argmax) if return_stats else None
     else:
-        stats = RowStats(*LinearVocabStats.apply(hidden, weight, bias, *arguments.flat()))
+        stats = linear_row_stats(hidden, weight, bias, arguments)
         loss = rows.reduce(family(stats, balances, square))
     return (loss, rows.shaped(stats)) if return_stats else loss
 
@@ -301,8 +301,8 @@ def linear_vocab_stats(
         scores, flat, skip_ignored=skip_ignored, workspace_mb=workspace_mb, backend=backend
     )
     arguments = settled(arguments, space, **head_of(input, weight, bias))
-    stats = LinearVocabStats.apply(space.rows(), weight, bias, *arguments.flat())
-    return _tokens.unflatten(RowStats(*stats), space.tokens, target is not None)
+    stats = linear_row_stats(space.rows(), weight, bias, arguments)
+    return _tokens.unflatten(stats, space.tokens, target is not None)
 
 
 @overload
@@ -434,6 +434,6 @@ def linear_vocab_loss(
         )
         stats = row_stats(summary, argmax) if return_stats else None
     else:
-        stats = RowStats(*LinearVocabStats.apply(hidden, weight, bias, *arguments.flat()))
+        stats = linear_row_stats(hidden, weight, bias, arguments)
         loss = rows.reduce(evaluate(loss_fn, stats, args, target is not None))
     return (loss, rows.shaped(stats, target is not None)) if return_stats else loss

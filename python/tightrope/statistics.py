@@ -246,8 +246,8 @@ def summarise(partial: Tensor, *, target_must_occur: bool = False) -> Tensor:
 class RowSums(NamedTuple):
     """What the derivatives of a row's statistics along a direction zdot of its logits are made of, [R] each.
 
-    The order is that of the `sums` tensors, [7, R]. With a set, [14, R]: of the rest, then of the set, where p
-    is the probability within the side.
+    The order is that of the `sums` tensors, [7, R]. With a set, [14, R]: of the rest, then of the set, where
+    p is the probability within the side.
     """
 
     prob: Tensor  #: sum p zdot
@@ -266,7 +266,7 @@ def empty_sums(rows: int, with_set: bool, dtype: torch.dtype, device: torch.devi
 
 
 def summarise_tangent(sums: Tensor, summary: Tensor, vocab_size: int) -> Tensor:
-    """The derivative of a summary [SUMMARY, R], with SIDE_SUMMARY more rows or without, from whole rows' sums.
+    """The derivative of a summary [SUMMARY, R], with SIDE_SUMMARY more rows or without, by whole rows' sums.
 
     A maximum counts as fixed: that of lse stands in the place of the log of the sum.
     """
@@ -319,7 +319,7 @@ def _joined_sums(rest: RowSums, inside: RowSums, rest_log_mass: Tensor, set_log_
 
 
 def norm_tangent_rows(tangent: Tensor) -> Tensor:
-    """What `norm_rows` becomes along a direction, but for the maxima: [1, rows], or [2, rows] of the sides."""
+    """The derivative of what `norm_rows` gives, but for the maxima: [1, rows], or [2, rows] of the sides."""
     if len(tangent) == len(SUMMARY):
         return tangent[1:2]
     return tangent[len(SUMMARY) :][1:4:2]

@@ -1,16 +1,16 @@
 """The row primitives of second order, in plain PyTorch: the directional derivatives of the first two.
 
 With a direction of the raw logits, ``row_tangent`` gives the sums that the statistics' derivatives are made
-of, and ``row_grad_tangent`` the derivative of the gradient beside the gradient itself. The statistics of whole
-rows are known by then, so probabilities are normalised, sums of disjoint parts of the vocabulary simply add
-up, and nothing is rebased.
+of, and ``row_grad_tangent`` the derivative of the gradient beside the gradient itself. The statistics of
+whole rows are known by then, so probabilities are normalised, sums of disjoint parts of the vocabulary simply
+add up, and nothing is rebased.
 
 Shapes as in ``ops.py``; tangent [R, T] is the direction of raw logits [R, T] and laid out as they are; sums
 [7, R] (`RowSums`), or with a set [14, R], are added to: those of the rest, then those of the set, each of
 probabilities within its side. norm_tangent [1, R] is the derivative of lse, or [2, R] of the sides' lse;
-coef_tangent is laid out as coef. out [R, T] or None is written dloss/draw, as by ``row_grad``, and out_tangent
-[R, T] its derivative; they may be the logits and the tangent. An impossible entry (a logit of -inf) does not
-move.
+coef_tangent is laid out as coef. out [R, T] or None is written dloss/draw, as by ``row_grad``, and
+out_tangent [R, T] its derivative; they may be the logits and the tangent. An impossible entry (a logit of
+-inf) does not move.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def to_raw_gradient_tangent(
 
 
 def _of_entries(values: Tensor, members: Tensor | None) -> Tensor:
-    """Scalars of rows [k, R], or [2 k, R] of the rest and of the set, as those of each entry [k, R, 1 or T]."""
+    """Scalars of rows [k, R], or [2 k, R] of the rest and of the set, as each entry's [k, R, 1 or T]."""
     if members is None:
         return values.unsqueeze(-1)
     rest, inside = values.view(2, -1, values.shape[-1], 1)

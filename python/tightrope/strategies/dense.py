@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..statistics import norm_rows
 from . import plan
+from .chunked import Needs
 from .problem import Chunk, LogitsProblem
+from .tangents import Direction, Form, Moving, Upstream
 
 
 def _chunks(problem: LogitsProblem) -> Iterator[tuple[Chunk, Tensor]]:
@@ -51,3 +53,56 @@ def gradient(problem: LogitsProblem, summary: Tensor, coef: Tensor, to_temperatu
         total = problem.exchange.step(0, problem.rows.total).reduce(to_temperature.unsqueeze(-1)).result()
         to_temperature.copy_(total.squeeze(-1))
     return out
+
+
+def _moving(
+    problem: LogitsProblem, summary: Tensor, direction: Direction
+) -> Iterator[tuple[Moving, Tensor, Tensor]]:
+    """Chunks of rows, each with its logits and their direction as the row primitives take them."""
+    for chunk, logits in _chunks(problem):
+        tile, moved = (0, problem.columns), direction.input_tangent
+        scored = problem.tempered(logits, chunk, tile)
+        if moved is None:
+            tangent = torch.zeros_like(scored)
+        else:
+            moved = moved[chunk.where, : problem.columns]
+            tangent = torch.empty_like(scored).copy_(moved)
+        moving = Moving.of(problem, chunk, summary, direction.temperature_tangent)
+        yield moving, scored, moving.tempered(scored, tangent)
+
+
+def tangent(problem: LogitsProblem, summary: Tensor, direction: Direction) -> Tensor:
+    """The derivative [SUMMARY, N] of every row's summary; zeros for ignored rows."""
+    out = torch.zeros_like(summary)
+    for moving, scored, moved in _moving(problem, summary, direction):
+        _add_tangent(moving, scored, moved, summary, out)
+    return out
+
+
+def _add_tangent(moving: Moving, scored: Tensor, moved: Tensor, summary: Tensor, out: Tensor) -> None:
+    where, sums = moving.chunk.where, moving.new_sums()
+    moving.add_sums(scored, moved, sums, (0, moving.problem.columns))
+    out[:, where] = moving.summary_tangent(sums, summary[:, where])
+
+
+def curvature(
+    problem: LogitsProblem,
+    summary: Tensor,
+    upstream: Upstream,
+    direction: Direction,
+    needs: Needs,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The derivatives of the gradients of logits [N, V] and temperature [N], and that of the summary."""
+    out, tile = torch.zeros_like(summary), (0, problem.columns)
+    to_logits = torch.empty_like(problem.logits, memory_format=torch.contiguous_format)
+    to_logits[:, problem.columns :] = 0.0  # padding
+    to_temperature = summary.new_zeros(problem.rows.total) if needs.temperature_grad else None
+    for moving, scored, moved in _moving(problem, summary, direction):
+        where = moving.chunk.where
+        _add_tangent(moving, scored, moved, summary, out)
+        form = Form.of(upstream, moving, summary, out, needs)
+        moving.gradients(scored, moved, None, moved, form, tile)
+        to_logits[where, : problem.columns] = moved
+        if to_temperature is not None:
+            to_temperature[where] = form.to_temperature
+    return to_logits, to_temperature, out

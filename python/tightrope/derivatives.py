@@ -1,0 +1,303 @@
+"""The derivatives of row statistics as autograd Functions: what second order and torch.func are made of.
+
+With s the statistics of values theta (hidden states, head and bias, or logits, and temperatures), J their
+Jacobian and H_g the Hessian of ``<g, s>``, four Functions are closed under one derivative more:
+
+    VocabStats      s              backward: StatsGradient     forward mode: StatsTangent
+    StatsGradient   J^T g          backward: StatsCurvature (theta), StatsTangent (g)
+    StatsTangent    J v            backward: StatsCurvature (theta), StatsGradient (v)
+    StatsCurvature  H_g v          a derivative of it is of third order, and an error
+
+What a loss does with the statistics is PyTorch's on vectors of rows. First order alone takes the Functions of
+`autograd`, which save less and cost less.
+
+Each takes plain tensors: (..., input [N, D] or logits [N, V], weight [V, D], bias [V], *arguments), where the
+arguments are `LinearArguments`, or without a weight `LogitsArguments`. The summary that they are given
+follows from these, and no gradient goes to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .arguments import LinearArguments, LogitsArguments
+from .coefficients import row_coefficients
+from .statistics import FLOATING, RowStats, StatGrads, row_stats
+from .strategies import ops, tangent_ops
+from .strategies.chunked import Needs
+from .strategies.tangents import Direction
+from .vectorize import vectorized
+
+_GRADS = len(StatGrads._fields)
+_THIRD = (
+    "tightrope: got a derivative of third order (of what a gradient's derivative gave), expected second "
+    "order at most; for that part of a loss take F.cross_entropy of logits"
+)
+_FORWARD_TWICE = (
+    "tightrope: got forward-mode differentiation of forward mode, expected it of a gradient by backward: "
+    "jacfwd(jacrev(f)), or jvp(grad(f))"
+)
+_SHARED = (
+    "tightrope: got a derivative of a gradient, or forward mode, with vocab_parallel, expected gradients of "
+    "first order where ranks hold the vocabulary together"
+)
+
+
+def group_of(weight: Tensor | None) -> type[LogitsArguments]:
+    """The arguments' group: without a head, logits are given."""
+    return LogitsArguments if weight is None else LinearArguments
+
+
+def _values_of(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What stands before the arguments of an operator."""
+    return (input,) if weight is None else (input, weight, bias)
+
+
+def refuse_shared(arguments: LogitsArguments) -> None:
+    """Raise RuntimeError where ranks hold the vocabulary together."""
+    if arguments.group is not None:
+        raise RuntimeError(_SHARED)
+
+
+def upstream_of(grads: tuple[Tensor | None, ...]) -> StatGrads:
+    """Upstream gradients of the fields of RowStats, as many as there are, by their names."""
+    named = dict(zip(RowStats._fields, grads))
+    return StatGrads(**{name: named[name] for name in FLOATING if name in named})
+
+
+def statistics(summary: Tensor, argmax: Tensor) -> tuple[Tensor, ...]:
+    """The fields of RowStats, as many as there are."""
+    return tuple(s for s in row_stats(summary, argmax) if s is not None)
+
+
+class _Saved:
+    """What the four Functions keep: their tensors in a fixed order, and what is no tensor."""
+
+    @staticmethod
+    def save(ctx, own: tuple, input, weight, bias, flat: tuple) -> None:
+        arguments = group_of(weight)(*flat)
+        tensors = (*own, input, weight, bias, *arguments.tensors())
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.own, ctx.others = len(own), arguments.others()
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def load(ctx) -> tuple[tuple, tuple, LogitsArguments]:
+        """(own tensors, (input, weight, bias), arguments)."""
+        saved = ctx.saved_tensors
+        own, (input, weight, bias, *tensors) = saved[: ctx.own], saved[ctx.own :]
+        return own, (input, weight, bias), group_of(weight).join(tuple(tensors), ctx.others)
+
+
+def _place_of_temperature(weight: Tensor | None) -> int:
+    """Where the temperature stands among (input, weight, bias, *arguments)."""
+    return 3 + group_of(weight)._names.index("temperature")
+
+
+def _of_theta(flags: tuple, weight: Tensor | None) -> tuple:
+    """Of (input, weight, bias, *arguments) what belongs to input, weight, bias and temperature."""
+    return *flags[:3], flags[_place_of_temperature(weight)]
+
+
+def _to_theta(values: tuple, weight: Tensor | None) -> tuple:
+    """The gradients of (input, weight, bias, *arguments), from those of `_of_theta`."""
+    names = group_of(weight)._names
+    return *values[:3], *(values[3] if name == "temperature" else None for name in names)
+
+
+def _kept(gradients, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(g if need else None for g, need in zip(gradients, needed))
+
+
+def _spread(gradients: tuple[Tensor, ...], weight: Tensor | None) -> tuple[Tensor | None, ...]:
+    """An operator's gradients as those of input, weight, bias and temperature."""
+    return (gradients[0], None, None, gradients[1]) if weight is None else gradients
+
+
+def _of_summary(tangent: Tensor) -> tuple[Tensor | None, ...]:
+    """The derivatives of the fields of `StatGrads`, from that of a summary."""
+    stats = row_stats(tangent, None)
+    return tuple(getattr(stats, name) for name in StatGrads._fields)
+
+
+@vectorized
+class VocabStats(Function):
+    """(input, weight, bias, *arguments) -> (the fields of RowStats [N] each, summary).
+
+    The last three fields are there with a set of classes only.
+    """
+
+    @staticmethod
+    def forward(input, weight, bias, *flat):
+        arguments = group_of(weight)(*flat)
+        operator = ops.logits_stats if weight is None else ops.linear_stats
+        summary, argmax = operator(*_values_of(input, weight, bias), arguments)
+        return *statistics(summary, argmax), summary
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, bias, *flat = inputs
+        ctx.mark_non_differentiable(output[RowStats._fields.index("argmax")], output[-1])
+        _Saved.save(ctx, output[-1:], input, weight, bias, flat)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (summary,), values, arguments = _Saved.load(ctx)
+        needed = _of_theta(ctx.needs_input_grad, values[1])
+        gradients = StatsGradient.apply(needed, summary, *upstream_of(grads[:-1]), *values, *arguments.flat())
+        return _to_theta(gradients, values[1])
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        (summary,), values, arguments = _Saved.load(ctx)
+        direction = _of_theta(tangents, values[1])
+        tangent = StatsTangent.apply(summary, *direction, *values, *arguments.flat())
+        fields = row_stats(tangent, None)._asdict()
+        present = [name for name in RowStats._fields if name == "argmax" or fields[name] is not None]
+        return *(fields[name] for name in present), None
+
+
+@vectorized
+class StatsGradient(Function):
+    """(needs, summary, *StatGrads, input, weight, bias, *arguments) -> gradients of `_of_theta`, or None.
+
+    needs: which of them are wanted.
+    """
+
+    @staticmethod
+    def forward(needs, summary, *rest):
+        grads, (input, weight, bias, *flat) = rest[:_GRADS], rest[_GRADS:]
+        arguments = group_of(weight)(*flat)
+        here = input.shape[1] if weight is None else weight.shape[0]
+        coef = row_coefficients(summary, StatGrads(*grads), arguments.vocab_size(here))
+        if weight is None:
+            gradients = ops.logits_stats_backward(summary, coef, needs[3], input, arguments)
+        else:
+            gradients = ops.linear_stats_backward(
+                summary, coef, Needs(*needs), input, weight, bias, arguments
+            )
+        return _kept(_spread(gradients, weight), needs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        needs, summary, *rest = inputs
+        grads, (input, weight, bias, *flat) = rest[:_GRADS], rest[_GRADS:]
+        ctx.wanted = needs
+        _Saved.save(ctx, (summary, *grads), input, weight, bias, flat)
+
+    @staticmethod
+    def backward(ctx, *direction):
+        (summary, *grads), values, arguments = _Saved.load(ctx)
+        to_grads, to_theta = ctx.needs_input_grad[2 : 2 + _GRADS], ctx.needs_input_grad[2 + _GRADS :]
+        needed = _of_theta(to_theta, values[1])
+        if all(along is None for along in direction):
+            return (None,) * len(ctx.needs_input_grad)
+        gradients, tangent = _second(needed, summary, grads, (None,) * _GRADS, direction, values, arguments)
+        return None, None, *_kept(_of_summary(tangent), to_grads), *_to_theta(gradients, values[1])
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        (summary, *grads), values, arguments = _Saved.load(ctx)
+        moved, theta = tangents[2 : 2 + _GRADS], tangents[2 + _GRADS :]
+        direction = _of_theta(theta, values[1])
+        gradients, _ = _second(ctx.wanted, summary, grads, moved, direction, values, arguments)
+        return gradients
+
+
+def _second(
+    needed, summary, grads, moved, direction, values, arguments
+) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """The derivatives of the gradients, of those that are needed, and of the summary."""
+    refuse_shared(arguments)
+    if not any(needed):
+        return (None,) * 4, StatsTangent.apply(summary, *direction, *values, *arguments.flat())
+    *gradients, tangent = StatsCurvature.apply(
+        needed, summary, *grads, *moved, *direction, *values, *arguments.flat()
+    )
+    return tuple(gradients), tangent
+
+
+@vectorized
+class StatsTangent(Function):
+    """(summary, *Direction, input, weight, bias, *arguments) -> derivative of the summary [SUMMARY, N]."""
+
+    @staticmethod
+    def forward(summary, *rest):
+        direction, (input, weight, bias, *flat) = rest[:4], rest[4:]
+        operator = tangent_ops.logits_tangent if weight is None else tangent_ops.linear_tangent
+        values = _values_of(input, weight, bias)
+        return operator(summary, Direction(*direction), *values, group_of(weight)(*flat))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        summary, *rest = inputs
+        direction, (input, weight, bias, *flat) = rest[:4], rest[4:]
+        _Saved.save(ctx, (summary, *direction), input, weight, bias, flat)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (summary, *direction), values, arguments = _Saved.load(ctx)
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
+        to_direction, to_theta = ctx.needs_input_grad[1:5], ctx.needs_input_grad[5:]
+        # Of lse the two rows that add up to it have the same.
+        grads = _of_summary(
+            upstream.index_fill(0, torch.zeros(1, dtype=torch.int64, device=upstream.device), 0.0)
+        )
+        along = to_theta_grads = (None,) * 4
+        if any(to_direction):
+            along = StatsGradient.apply(to_direction, summary, *grads, *values, *arguments.flat())
+        needed = _of_theta(to_theta, values[1])
+        if any(needed):
+            to_theta_grads, _ = _second(
+                needed, summary, grads, (None,) * _GRADS, direction, values, arguments
+            )
+        return None, *along, *_to_theta(to_theta_grads, values[1])
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError(_FORWARD_TWICE)
+
+
+@vectorized
+class StatsCurvature(Function):
+    """(needs, summary, *StatGrads, *StatGrads, *Direction, input, weight, bias, *arguments) ->
+    (derivatives of the gradients of `_of_theta`, or None; derivative of the summary).
+
+    Along the direction, where the first upstream gradients move by the second.
+    """
+
+    @staticmethod
+    def forward(needs, summary, *rest):
+        grads, moved, direction, (input, weight, bias, *flat) = (
+            rest[:_GRADS],
+            rest[_GRADS : 2 * _GRADS],
+            rest[2 * _GRADS : 2 * _GRADS + 4],
+            rest[2 * _GRADS + 4 :],
+        )
+        operator = tangent_ops.logits_curvature if weight is None else tangent_ops.linear_curvature
+        *gradients, tangent = operator(
+            summary,
+            list(grads),
+            list(moved),
+            Direction(*direction),
+            Needs(*needs),
+            *_values_of(input, weight, bias),
+            group_of(weight)(*flat),
+        )
+        return *_kept(_spread(tuple(gradients), weight), needs), tangent
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(_THIRD)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError(_THIRD)

@@ -1,0 +1,2 @@
+def vectorized(cls):
+    return cls
