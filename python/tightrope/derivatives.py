@@ -18,17 +18,20 @@ follows from these, and no gradient goes to it.
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+
 from torch import Tensor
 from torch.autograd import Function
 
+from .ambient import differentiable
 from .arguments import LinearArguments, LogitsArguments
 from .coefficients import row_coefficients
-from .statistics import FLOATING, RowStats, StatGrads, row_stats
+from .statistics import FLOATING, OF_SUPPORT, RowStats, StatGrads, named, row_stats
 from .strategies import ops, tangent_ops
 from .strategies.chunked import Needs
 from .strategies.tangents import Direction
-from .vectorize import vectorized
+from .support import RowSets
+from .vectorize import COLUMNS, ROWS, THETA, batched, of_values
 
 _GRADS = len(StatGrads._fields)
 _THIRD = (
@@ -117,13 +120,21 @@ def _spread(gradients: tuple[Tensor, ...], weight: Tensor | None) -> tuple[Tenso
     return (gradients[0], None, None, gradients[1]) if weight is None else gradients
 
 
+def _grads_of_summary(upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """Upstream gradients of the fields of `StatGrads`, from those of a summary's derivative.
+
+    Of the two rows that add up to lse each has its gradient.
+    """
+    rows = named(upstream)
+    return tuple(rows["log_sum"] if name == "lse" else rows.get(name) for name in StatGrads._fields)
+
+
 def _of_summary(tangent: Tensor) -> tuple[Tensor | None, ...]:
     """The derivatives of the fields of `StatGrads`, from that of a summary."""
     stats = row_stats(tangent, None)
     return tuple(getattr(stats, name) for name in StatGrads._fields)
 
 
-@vectorized
 class VocabStats(Function):
     """(input, weight, bias, *arguments) -> (the fields of RowStats [N] each, summary).
 
@@ -154,13 +165,19 @@ class VocabStats(Function):
     def jvp(ctx, *tangents):
         (summary,), values, arguments = _Saved.load(ctx)
         direction = _of_theta(tangents, values[1])
-        tangent = StatsTangent.apply(summary, *direction, *values, *arguments.flat())
+        (tangent,) = StatsTangent.apply(summary, *direction, *values, *arguments.flat())
         fields = row_stats(tangent, None)._asdict()
         present = [name for name in RowStats._fields if name == "argmax" or fields[name] is not None]
         return *(fields[name] for name in present), None
 
+    @staticmethod
+    def vmap(info, dims, *given):
+        arguments = group_of(given[1])(*given[3:])
+        fields = len(RowStats._fields) - (0 if RowSets.of(arguments) else len(OF_SUPPORT))
+        outputs = (*(ROWS,) * fields, COLUMNS)
+        return batched(VocabStats, info.batch_size, dims, given, of_values(type(arguments)), outputs)
 
-@vectorized
+
 class StatsGradient(Function):
     """(needs, summary, *StatGrads, input, weight, bias, *arguments) -> gradients of `_of_theta`, or None.
 
@@ -206,30 +223,72 @@ class StatsGradient(Function):
         gradients, _ = _second(ctx.wanted, summary, grads, moved, direction, values, arguments)
         return gradients
 
+    @staticmethod
+    def vmap(info, dims, *given):
+        values = of_values(group_of(given[3 + _GRADS]))
+        kinds = (None, COLUMNS, *(ROWS,) * _GRADS, *values)
+        return batched(StatsGradient, info.batch_size, dims, given, kinds, THETA, given[0])
+
+
+class _Last(Function):
+    """The same tensor, whose gradient is an error: what is of third order depends on it.
+
+    An error of a node of its own, as of what depends on a tensor only some may be asked for.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor):
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(_THIRD)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError(_THIRD)
+
+
+def _last(tensors):
+    if not differentiable():
+        return tensors
+    return [_Last.apply(t) if t is not None and t.is_floating_point() else t for t in tensors]
+
 
 def _second(
     needed, summary, grads, moved, direction, values, arguments
 ) -> tuple[tuple[Tensor | None, ...], Tensor]:
-    """The derivatives of the gradients, of those that are needed, and of the summary."""
+    """The derivatives of the gradients, of those that are needed, and of the summary.
+
+    They can be differentiated by what they are linear in, the direction and `moved`, and by nothing else.
+    """
     refuse_shared(arguments)
     if not any(needed):
-        return (None,) * 4, StatsTangent.apply(summary, *direction, *values, *arguments.flat())
+        (tangent,) = StatsTangent.apply(summary, *direction, *values, *arguments.flat())
+        return (None,) * 4, tangent
+    (temperature,) = _last([arguments.temperature])
+    flat = replace(arguments, temperature=temperature).flat()
     *gradients, tangent = StatsCurvature.apply(
-        needed, summary, *grads, *moved, *direction, *values, *arguments.flat()
+        needed, summary, *_last(grads), *moved, *direction, *_last(values), *flat
     )
     return tuple(gradients), tangent
 
 
-@vectorized
 class StatsTangent(Function):
-    """(summary, *Direction, input, weight, bias, *arguments) -> derivative of the summary [SUMMARY, N]."""
+    """(summary, *Direction, input, weight, bias, *arguments) -> (derivative of the summary,)."""
 
     @staticmethod
     def forward(summary, *rest):
         direction, (input, weight, bias, *flat) = rest[:4], rest[4:]
         operator = tangent_ops.logits_tangent if weight is None else tangent_ops.linear_tangent
         values = _values_of(input, weight, bias)
-        return operator(summary, Direction(*direction), *values, group_of(weight)(*flat))
+        return (operator(summary, Direction(*direction), *values, group_of(weight)(*flat)),)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -243,10 +302,7 @@ class StatsTangent(Function):
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
         to_direction, to_theta = ctx.needs_input_grad[1:5], ctx.needs_input_grad[5:]
-        # Of lse the two rows that add up to it have the same.
-        grads = _of_summary(
-            upstream.index_fill(0, torch.zeros(1, dtype=torch.int64, device=upstream.device), 0.0)
-        )
+        grads = _grads_of_summary(upstream)
         along = to_theta_grads = (None,) * 4
         if any(to_direction):
             along = StatsGradient.apply(to_direction, summary, *grads, *values, *arguments.flat())
@@ -261,8 +317,12 @@ class StatsTangent(Function):
     def jvp(ctx, *_):
         raise RuntimeError(_FORWARD_TWICE)
 
+    @staticmethod
+    def vmap(info, dims, *given):
+        kinds = (COLUMNS, *THETA, *of_values(group_of(given[6])))
+        return batched(StatsTangent, info.batch_size, dims, given, kinds, (COLUMNS,))
 
-@vectorized
+
 class StatsCurvature(Function):
     """(needs, summary, *StatGrads, *StatGrads, *Direction, input, weight, bias, *arguments) ->
     (derivatives of the gradients of `_of_theta`, or None; derivative of the summary).
@@ -292,12 +352,37 @@ class StatsCurvature(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass
+        _, summary, *rest = inputs
+        own, (input, weight, bias, *flat) = rest[: 2 * _GRADS + 4], rest[2 * _GRADS + 4 :]
+        _Saved.save(ctx, (summary, *own), input, weight, bias, flat)
 
     @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(_THIRD)
+    def backward(ctx, *upstream):
+        (summary, *own), values, arguments = _Saved.load(ctx)
+        *along, upstream_of_summary = upstream
+        first = 2 + _GRADS
+        to_moved, to_direction = (
+            ctx.needs_input_grad[first : first + _GRADS],
+            ctx.needs_input_grad[first + _GRADS : first + _GRADS + 4],
+        )
+        gradients, moved = [None] * 4, (None,) * _GRADS
+        if any(w is not None for w in along):
+            # A Hessian is symmetric.
+            gradients, tangent = _second(to_direction, summary, own[:_GRADS], moved, along, values, arguments)
+            moved = _kept(_of_summary(tangent), to_moved)
+        if upstream_of_summary is not None and any(to_direction):
+            grads = _grads_of_summary(upstream_of_summary)
+            others = StatsGradient.apply(to_direction, summary, *grads, *values, *arguments.flat())
+            gradients = [b if a is None else a if b is None else a + b for a, b in zip(gradients, others)]
+        return None, None, *(None,) * _GRADS, *moved, *gradients, *(None,) * (3 + len(arguments._names))
 
     @staticmethod
     def jvp(ctx, *_):
         raise RuntimeError(_THIRD)
+
+    @staticmethod
+    def vmap(info, dims, *given):
+        values = of_values(group_of(given[2 + 2 * _GRADS + 5]))
+        kinds = (None, COLUMNS, *(ROWS,) * 2 * _GRADS, *THETA, *values)
+        outputs = (*THETA, COLUMNS)
+        return batched(StatsCurvature, info.batch_size, dims, given, kinds, outputs, (*given[0], True))
