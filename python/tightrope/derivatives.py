@@ -341,8 +341,8 @@ class StatsCurvature(Function):
         operator = tangent_ops.logits_curvature if weight is None else tangent_ops.linear_curvature
         *gradients, tangent = operator(
             summary,
-            list(grads),
-            list(moved),
+            *tangent_ops.packed(grads, summary),
+            *tangent_ops.packed(moved, summary),
             Direction(*direction),
             Needs(*needs),
             *_values_of(input, weight, bias),

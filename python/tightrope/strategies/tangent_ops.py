@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..arguments import LinearArguments, LogitsArguments, Signature
 from ..statistics import StatGrads
@@ -14,8 +15,24 @@ from . import dense, ops, tangents
 from .chunked import Needs
 from .tangents import Direction, Upstream
 
-_GRADS = ("Tensor?[] grads", "Tensor?[] grads_tangent")
+# Upstream gradients of the statistics and where they move, each as those that there are [k, N] and which.
+_GRADS = ("Tensor grads", "int[] named", "Tensor grads_tangent", "int[] named_tangent")
 _GRADIENTS = "Tensor to_input, Tensor to_weight, Tensor to_bias, Tensor to_temperature"
+
+
+def packed(grads: StatGrads, like: Tensor) -> tuple[Tensor, list[int]]:
+    """Those that there are, [k, N], and which fields of `StatGrads` they are; like: a summary [SUMMARY, N].
+
+    A list of tensors would not do: what batches a backward (is_grads_batched) does not look into it.
+    """
+    given = [(i, g) for i, g in enumerate(grads) if g is not None]
+    if not given:
+        return like[:0], []
+    return torch.stack([g for _, g in given]), [i for i, _ in given]
+
+
+def _unpacked(grads: Tensor, named: list[int]) -> StatGrads:
+    return StatGrads(**{StatGrads._fields[i]: g for i, g in zip(named, grads)})
 
 
 def _linear_tangent(summary, direction: Direction, input, weight, bias, arguments: LinearArguments):
@@ -26,14 +43,24 @@ def _linear_tangent(summary, direction: Direction, input, weight, bias, argument
 
 
 def _linear_curvature(
-    summary, grads, grads_tangent, direction: Direction, needs: Needs, input, weight, bias, arguments
+    summary,
+    grads,
+    named,
+    grads_tangent,
+    named_tangent,
+    direction: Direction,
+    needs: Needs,
+    input,
+    weight,
+    bias,
+    arguments,
 ):
     """The derivatives of the gradients of input, weight, bias and temperature, and of the summary.
 
-    grads: the upstream gradients of the statistics, as in `StatGrads`; grads_tangent: where they move.
+    grads, grads_tangent: the upstream gradients of the statistics and where they move, `packed`.
     """
     problem = _problem(input, weight, bias, arguments)
-    upstream = Upstream(StatGrads(*grads), StatGrads(*grads_tangent))
+    upstream = Upstream(_unpacked(grads, named), _unpacked(grads_tangent, named_tangent))
     with ops.exact_products(input.device):
         gradients, tangent = tangents.curvature(
             problem, summary, upstream, direction, needs, arguments.workspace
@@ -41,7 +68,9 @@ def _linear_curvature(
     return *ops.given(gradients.flat(), input), tangent
 
 
-def _linear_curvature_fake(summary, grads, grads_tangent, direction, needs, input, weight, bias, arguments):
+def _linear_curvature_fake(
+    summary, grads, named, grads_tangent, named_tangent, direction, needs, input, weight, bias, arguments
+):
     return *ops.fake_gradients(needs, input, weight, bias, arguments), torch.empty_like(summary)
 
 
@@ -57,10 +86,18 @@ def _logits_tangent(summary, direction: Direction, logits, arguments: LogitsArgu
 
 
 def _logits_curvature(
-    summary, grads, grads_tangent, direction: Direction, needs: Needs, logits, arguments: LogitsArguments
+    summary,
+    grads,
+    named,
+    grads_tangent,
+    named_tangent,
+    direction: Direction,
+    needs: Needs,
+    logits,
+    arguments: LogitsArguments,
 ):
     """The derivatives of the gradients of logits and temperature, and of the summary."""
-    upstream = Upstream(StatGrads(*grads), StatGrads(*grads_tangent))
+    upstream = Upstream(_unpacked(grads, named), _unpacked(grads_tangent, named_tangent))
     with ops.exact_products(logits.device):
         to_logits, to_temperature, tangent = dense.curvature(
             ops.logits_problem(logits, arguments), summary, upstream, direction, needs
@@ -70,7 +107,9 @@ def _logits_curvature(
     return *ops.given((to_logits, to_temperature), logits), tangent
 
 
-def _logits_curvature_fake(summary, grads, grads_tangent, direction, needs, logits, arguments):
+def _logits_curvature_fake(
+    summary, grads, named, grads_tangent, named_tangent, direction, needs, logits, arguments
+):
     to_temperature = arguments.temperature if needs.temperature_grad else logits.new_empty(0)
     return torch.empty_like(logits), torch.empty_like(to_temperature), torch.empty_like(summary)
 
