@@ -230,6 +230,9 @@ def recorded_calls():
             evaluate(function, problem)
         for linear in (True, False):
             second_order(linear)
+        soft = torch.softmax(randn(N, V), -1).requires_grad_()
+        tightrope.linear_reality_creativity_loss(randn(N, D), randn(V, D), soft).backward()
+        tightrope.reality_creativity_loss(randn(N, V), soft).backward()
     return recorder.calls
 
 

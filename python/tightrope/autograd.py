@@ -17,13 +17,14 @@ from torch.autograd import Function
 from .ambient import differentiable, has_values, may_read, transformed
 from .arguments import Arguments, LinearArguments, LogitsArguments
 from .coefficients import row_coefficients
-from .derivatives import StatsGradient, VocabStats, statistics, upstream_of
+from .derivatives import VocabStats, pulled_back
 from .distributed.collectives import same_on_ranks
 from .losses import RealityCreativity
 from .statistics import RowStats
-from .strategies import ops, own
+from .strategies import ops, own, soft, soft_ops
 from .strategies.chunked import Needs
 from .targets import Target
+from .theta import mass_needed, of_arguments, statistics, upstream_of
 
 
 def _wanted(gradients, needed) -> tuple[Tensor | None, ...]:
@@ -61,15 +62,18 @@ class LinearVocabStats(Function):
         summary, input, weight, bias, *tensors = ctx.saved_tensors
         arguments = LinearArguments.join(tensors, ctx.others)
         needed = (*ctx.needs_input_grad[:3], _temperature_needed(ctx, 3, LinearArguments))
-        upstream = upstream_of(grads)
+        mass, upstream = mass_needed(ctx, 3, arguments), upstream_of(grads)
         if differentiable():
-            values = (input, weight, bias, *arguments.flat())
-            *to_head, to_temperature = StatsGradient.apply(needed, summary, *upstream, *values)
-            return *to_head, *_of_group(to_temperature, LinearArguments)
+            values = (input, weight, bias)
+            return pulled_back(ctx.needs_input_grad, mass, summary, upstream, values, arguments)
         coef = row_coefficients(summary, upstream, arguments.vocab_size(weight.shape[0]))
-        gradients = ops.linear_stats_backward(summary, coef, Needs(*needed), input, weight, bias, arguments)
-        *to_head, to_temperature = _wanted(gradients, needed)
-        return *to_head, *_of_group(to_temperature, LinearArguments)
+        values, gradients = (input, weight, bias, arguments), (None,) * 4
+        if any(needed):
+            gradients = _wanted(ops.linear_stats_backward(summary, coef, Needs(*needed), *values), needed)
+        to_mass = None
+        if mass:
+            to_mass = soft_ops.linear_target_grad(summary, soft.slopes(upstream, summary), *values)
+        return of_arguments(gradients, arguments, to_mass)
 
 
 class LogitsVocabStats(Function):
@@ -90,15 +94,22 @@ class LogitsVocabStats(Function):
         summary, logits, *tensors = ctx.saved_tensors
         arguments = LogitsArguments.join(tensors, ctx.others)
         needed = (ctx.needs_input_grad[0], _temperature_needed(ctx, 1, LogitsArguments))
-        upstream = upstream_of(grads)
+        mass, upstream = mass_needed(ctx, 1, arguments), upstream_of(grads)
         if differentiable():
-            needs, values = (needed[0], False, False, needed[1]), (logits, None, None, *arguments.flat())
-            to_logits, *_, to_temperature = StatsGradient.apply(needs, summary, *upstream, *values)
-            return to_logits, *_of_group(to_temperature, LogitsArguments)
+            flags = (needed[0], False, False, *ctx.needs_input_grad[1:])
+            values = (logits, None, None)
+            to_logits, _, _, *rest = pulled_back(flags, mass, summary, upstream, values, arguments)
+            return to_logits, *rest
         coef = row_coefficients(summary, upstream, arguments.vocab_size(logits.shape[1]))
-        gradients = ops.logits_stats_backward(summary, coef, needed[1], logits, arguments)
-        to_logits, to_temperature = _wanted(gradients, needed)
-        return to_logits, *_of_group(to_temperature, LogitsArguments)
+        to_logits = to_temperature = to_mass = None
+        if any(needed):
+            gradients = ops.logits_stats_backward(summary, coef, needed[1], logits, arguments)
+            to_logits, to_temperature = _wanted(gradients, needed)
+        if mass:
+            slopes = soft.slopes(upstream, summary)
+            to_mass = soft_ops.logits_target_grad(summary, slopes, logits, arguments)
+        _, _, _, *rest = of_arguments((None, None, None, to_temperature), arguments, to_mass)
+        return to_logits, *rest
 
 
 def linear_row_stats(

@@ -20,18 +20,35 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from .ambient import differentiable
-from .arguments import LinearArguments, LogitsArguments
+from .arguments import LogitsArguments
 from .coefficients import row_coefficients
-from .statistics import FLOATING, OF_SUPPORT, RowStats, StatGrads, named, row_stats
-from .strategies import ops, tangent_ops
+from .statistics import OF_SUPPORT, RowStats, StatGrads, row_stats
+from .strategies import ops, soft, soft_ops, tangent_ops
 from .strategies.chunked import Needs
 from .strategies.tangents import Direction
 from .support import RowSets
-from .vectorize import COLUMNS, ROWS, THETA, batched, of_values
+from .theta import (
+    Saved,
+    grads_of_summary,
+    group_of,
+    kept,
+    mass_needed,
+    mass_of,
+    of_arguments,
+    of_summary,
+    of_theta,
+    other_tangents,
+    spread,
+    statistics,
+    upstream_of,
+    values_of,
+)
+from .vectorize import COLUMNS, ROWS, THETA, TOKENS, batched, of_values
 
 _GRADS = len(StatGrads._fields)
 _THIRD = (
@@ -42,20 +59,14 @@ _FORWARD_TWICE = (
     "tightrope: got forward-mode differentiation of forward mode, expected it of a gradient by backward: "
     "jacfwd(jacrev(f)), or jvp(grad(f))"
 )
+_MASSES_TWICE = (
+    "tightrope: got a derivative of a gradient by a target's probabilities, or of these in forward mode, "
+    "expected one of first order by backward; for that part of a loss take F.cross_entropy of logits"
+)
 _SHARED = (
     "tightrope: got a derivative of a gradient, or forward mode, with vocab_parallel, expected gradients of "
     "first order where ranks hold the vocabulary together"
 )
-
-
-def group_of(weight: Tensor | None) -> type[LogitsArguments]:
-    """The arguments' group: without a head, logits are given."""
-    return LogitsArguments if weight is None else LinearArguments
-
-
-def _values_of(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What stands before the arguments of an operator."""
-    return (input,) if weight is None else (input, weight, bias)
 
 
 def refuse_shared(arguments: LogitsArguments) -> None:
@@ -64,75 +75,30 @@ def refuse_shared(arguments: LogitsArguments) -> None:
         raise RuntimeError(_SHARED)
 
 
-def upstream_of(grads: tuple[Tensor | None, ...]) -> StatGrads:
-    """Upstream gradients of the fields of RowStats, as many as there are, by their names."""
-    named = dict(zip(RowStats._fields, grads))
-    return StatGrads(**{name: named[name] for name in FLOATING if name in named})
+def _refuse_tangents_of_targets(tangents: tuple, weight: Tensor | None) -> None:
+    if other_tangents(tangents, weight):
+        raise RuntimeError(_MASSES_TWICE)
 
 
-def statistics(summary: Tensor, argmax: Tensor) -> tuple[Tensor, ...]:
-    """The fields of RowStats, as many as there are."""
-    return tuple(s for s in row_stats(summary, argmax) if s is not None)
+def pulled_back(
+    flags: tuple, mass: bool, summary: Tensor, grads: StatGrads, values: tuple, arguments: LogitsArguments
+) -> tuple[Tensor | None, ...]:
+    """The gradients of (input, weight, bias, *arguments), which can be differentiated.
 
-
-class _Saved:
-    """What the four Functions keep: their tensors in a fixed order, and what is no tensor."""
-
-    @staticmethod
-    def save(ctx, own: tuple, input, weight, bias, flat: tuple) -> None:
-        arguments = group_of(weight)(*flat)
-        tensors = (*own, input, weight, bias, *arguments.tensors())
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-        ctx.own, ctx.others = len(own), arguments.others()
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def load(ctx) -> tuple[tuple, tuple, LogitsArguments]:
-        """(own tensors, (input, weight, bias), arguments)."""
-        saved = ctx.saved_tensors
-        own, (input, weight, bias, *tensors) = saved[: ctx.own], saved[ctx.own :]
-        return own, (input, weight, bias), group_of(weight).join(tuple(tensors), ctx.others)
-
-
-def _place_of_temperature(weight: Tensor | None) -> int:
-    """Where the temperature stands among (input, weight, bias, *arguments)."""
-    return 3 + group_of(weight)._names.index("temperature")
-
-
-def _of_theta(flags: tuple, weight: Tensor | None) -> tuple:
-    """Of (input, weight, bias, *arguments) what belongs to input, weight, bias and temperature."""
-    return *flags[:3], flags[_place_of_temperature(weight)]
-
-
-def _to_theta(values: tuple, weight: Tensor | None) -> tuple:
-    """The gradients of (input, weight, bias, *arguments), from those of `_of_theta`."""
-    names = group_of(weight)._names
-    return *values[:3], *(values[3] if name == "temperature" else None for name in names)
-
-
-def _kept(gradients, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(g if need else None for g, need in zip(gradients, needed))
-
-
-def _spread(gradients: tuple[Tensor, ...], weight: Tensor | None) -> tuple[Tensor | None, ...]:
-    """An operator's gradients as those of input, weight, bias and temperature."""
-    return (gradients[0], None, None, gradients[1]) if weight is None else gradients
-
-
-def _grads_of_summary(upstream: Tensor) -> tuple[Tensor | None, ...]:
-    """Upstream gradients of the fields of `StatGrads`, from those of a summary's derivative.
-
-    Of the two rows that add up to lse each has its gradient.
+    flags: which of them are wanted; mass: whether those of the target's masses are.
     """
-    rows = named(upstream)
-    return tuple(rows["log_sum"] if name == "lse" else rows.get(name) for name in StatGrads._fields)
-
-
-def _of_summary(tangent: Tensor) -> tuple[Tensor | None, ...]:
-    """The derivatives of the fields of `StatGrads`, from that of a summary."""
-    stats = row_stats(tangent, None)
-    return tuple(getattr(stats, name) for name in StatGrads._fields)
+    needed = of_theta(flags, values[1])
+    name, guarded = mass_of(arguments), arguments
+    if name is not None and differentiable():
+        guarded = replace(arguments, **{name: _MassOnce.apply(getattr(arguments, name))})
+    gradients = (None,) * 4
+    if any(needed):
+        gradients = StatsGradient.apply(needed, summary, *grads, *values, *guarded.flat())
+    to_mass = None
+    if mass:
+        slopes = soft.slopes(grads, summary)
+        to_mass = MassGradient.apply(summary, *slopes, *values, *arguments.flat())
+    return of_arguments(gradients, arguments, to_mass)
 
 
 class VocabStats(Function):
@@ -145,26 +111,26 @@ class VocabStats(Function):
     def forward(input, weight, bias, *flat):
         arguments = group_of(weight)(*flat)
         operator = ops.logits_stats if weight is None else ops.linear_stats
-        summary, argmax = operator(*_values_of(input, weight, bias), arguments)
+        summary, argmax = operator(*values_of(input, weight, bias), arguments)
         return *statistics(summary, argmax), summary
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, weight, bias, *flat = inputs
         ctx.mark_non_differentiable(output[RowStats._fields.index("argmax")], output[-1])
-        _Saved.save(ctx, output[-1:], input, weight, bias, flat)
+        Saved.save(ctx, output[-1:], input, weight, bias, flat)
 
     @staticmethod
     def backward(ctx, *grads):
-        (summary,), values, arguments = _Saved.load(ctx)
-        needed = _of_theta(ctx.needs_input_grad, values[1])
-        gradients = StatsGradient.apply(needed, summary, *upstream_of(grads[:-1]), *values, *arguments.flat())
-        return _to_theta(gradients, values[1])
+        (summary,), values, arguments = Saved.load(ctx)
+        wanted = ctx.needs_input_grad, mass_needed(ctx, 3, arguments)
+        return pulled_back(*wanted, summary, upstream_of(grads[:-1]), values, arguments)
 
     @staticmethod
     def jvp(ctx, *tangents):
-        (summary,), values, arguments = _Saved.load(ctx)
-        direction = _of_theta(tangents, values[1])
+        (summary,), values, arguments = Saved.load(ctx)
+        _refuse_tangents_of_targets(tangents, values[1])
+        direction = of_theta(tangents, values[1])
         (tangent,) = StatsTangent.apply(summary, *direction, *values, *arguments.flat())
         fields = row_stats(tangent, None)._asdict()
         present = [name for name in RowStats._fields if name == "argmax" or fields[name] is not None]
@@ -179,7 +145,7 @@ class VocabStats(Function):
 
 
 class StatsGradient(Function):
-    """(needs, summary, *StatGrads, input, weight, bias, *arguments) -> gradients of `_of_theta`, or None.
+    """(needs, summary, *StatGrads, input, weight, bias, *arguments) -> gradients of `of_theta`, or None.
 
     needs: which of them are wanted.
     """
@@ -196,30 +162,31 @@ class StatsGradient(Function):
             gradients = ops.linear_stats_backward(
                 summary, coef, Needs(*needs), input, weight, bias, arguments
             )
-        return _kept(_spread(gradients, weight), needs)
+        return kept(spread(gradients, weight), needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         needs, summary, *rest = inputs
         grads, (input, weight, bias, *flat) = rest[:_GRADS], rest[_GRADS:]
         ctx.wanted = needs
-        _Saved.save(ctx, (summary, *grads), input, weight, bias, flat)
+        Saved.save(ctx, (summary, *grads), input, weight, bias, flat)
 
     @staticmethod
     def backward(ctx, *direction):
-        (summary, *grads), values, arguments = _Saved.load(ctx)
+        (summary, *grads), values, arguments = Saved.load(ctx)
         to_grads, to_theta = ctx.needs_input_grad[2 : 2 + _GRADS], ctx.needs_input_grad[2 + _GRADS :]
-        needed = _of_theta(to_theta, values[1])
+        needed = of_theta(to_theta, values[1])
         if all(along is None for along in direction):
             return (None,) * len(ctx.needs_input_grad)
         gradients, tangent = _second(needed, summary, grads, (None,) * _GRADS, direction, values, arguments)
-        return None, None, *_kept(_of_summary(tangent), to_grads), *_to_theta(gradients, values[1])
+        return None, None, *kept(of_summary(tangent), to_grads), *of_arguments(gradients, arguments)
 
     @staticmethod
     def jvp(ctx, *tangents):
-        (summary, *grads), values, arguments = _Saved.load(ctx)
+        (summary, *grads), values, arguments = Saved.load(ctx)
         moved, theta = tangents[2 : 2 + _GRADS], tangents[2 + _GRADS :]
-        direction = _of_theta(theta, values[1])
+        _refuse_tangents_of_targets(theta, values[1])
+        direction = of_theta(theta, values[1])
         gradients, _ = _second(ctx.wanted, summary, grads, moved, direction, values, arguments)
         return gradients
 
@@ -255,6 +222,18 @@ class _Last(Function):
         raise RuntimeError(_THIRD)
 
 
+class _MassOnce(_Last):
+    """The same of a target's masses: a gradient depends on them, whose derivative by them is not offered."""
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(_MASSES_TWICE)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError(_MASSES_TWICE)
+
+
 def _last(tensors):
     if not differentiable():
         return tensors
@@ -280,6 +259,39 @@ def _second(
     return tuple(gradients), tangent
 
 
+class MassGradient(Function):
+    """(summary, three upstream gradients as in `soft.slopes`, input, weight, bias, *arguments) -> that of a
+    target's masses: of a distribution (..., V), or of top-k probabilities [N, K].
+    """
+
+    @staticmethod
+    def forward(summary, *rest):
+        slopes, (input, weight, bias, *flat) = rest[:3], rest[3:]
+        operator = soft_ops.logits_target_grad if weight is None else soft_ops.linear_target_grad
+        values = values_of(input, weight, bias)
+        return operator(summary, torch.stack(slopes), *values, group_of(weight)(*flat))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(_MASSES_TWICE)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError(_MASSES_TWICE)
+
+    @staticmethod
+    def vmap(info, dims, *given):
+        arguments = group_of(given[5])(*given[7:])
+        kinds = (COLUMNS, ROWS, ROWS, ROWS, *of_values(type(arguments)))
+        output = TOKENS if mass_of(arguments) == "dense" else ROWS
+        (out,), (place,) = batched(MassGradient, info.batch_size, dims, given, kinds, (output,))
+        return out, place
+
+
 class StatsTangent(Function):
     """(summary, *Direction, input, weight, bias, *arguments) -> (derivative of the summary,)."""
 
@@ -287,31 +299,31 @@ class StatsTangent(Function):
     def forward(summary, *rest):
         direction, (input, weight, bias, *flat) = rest[:4], rest[4:]
         operator = tangent_ops.logits_tangent if weight is None else tangent_ops.linear_tangent
-        values = _values_of(input, weight, bias)
+        values = values_of(input, weight, bias)
         return (operator(summary, Direction(*direction), *values, group_of(weight)(*flat)),)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         summary, *rest = inputs
         direction, (input, weight, bias, *flat) = rest[:4], rest[4:]
-        _Saved.save(ctx, (summary, *direction), input, weight, bias, flat)
+        Saved.save(ctx, (summary, *direction), input, weight, bias, flat)
 
     @staticmethod
     def backward(ctx, upstream):
-        (summary, *direction), values, arguments = _Saved.load(ctx)
+        (summary, *direction), values, arguments = Saved.load(ctx)
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
         to_direction, to_theta = ctx.needs_input_grad[1:5], ctx.needs_input_grad[5:]
-        grads = _grads_of_summary(upstream)
+        grads = grads_of_summary(upstream)
         along = to_theta_grads = (None,) * 4
         if any(to_direction):
             along = StatsGradient.apply(to_direction, summary, *grads, *values, *arguments.flat())
-        needed = _of_theta(to_theta, values[1])
+        needed = of_theta(to_theta, values[1])
         if any(needed):
             to_theta_grads, _ = _second(
                 needed, summary, grads, (None,) * _GRADS, direction, values, arguments
             )
-        return None, *along, *_to_theta(to_theta_grads, values[1])
+        return None, *along, *of_arguments(to_theta_grads, arguments)
 
     @staticmethod
     def jvp(ctx, *_):
@@ -325,7 +337,7 @@ class StatsTangent(Function):
 
 class StatsCurvature(Function):
     """(needs, summary, *StatGrads, *StatGrads, *Direction, input, weight, bias, *arguments) ->
-    (derivatives of the gradients of `_of_theta`, or None; derivative of the summary).
+    (derivatives of the gradients of `of_theta`, or None; derivative of the summary).
 
     Along the direction, where the first upstream gradients move by the second.
     """
@@ -345,20 +357,20 @@ class StatsCurvature(Function):
             *tangent_ops.packed(moved, summary),
             Direction(*direction),
             Needs(*needs),
-            *_values_of(input, weight, bias),
+            *values_of(input, weight, bias),
             group_of(weight)(*flat),
         )
-        return *_kept(_spread(tuple(gradients), weight), needs), tangent
+        return *kept(spread(tuple(gradients), weight), needs), tangent
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, summary, *rest = inputs
         own, (input, weight, bias, *flat) = rest[: 2 * _GRADS + 4], rest[2 * _GRADS + 4 :]
-        _Saved.save(ctx, (summary, *own), input, weight, bias, flat)
+        Saved.save(ctx, (summary, *own), input, weight, bias, flat)
 
     @staticmethod
     def backward(ctx, *upstream):
-        (summary, *own), values, arguments = _Saved.load(ctx)
+        (summary, *own), values, arguments = Saved.load(ctx)
         *along, upstream_of_summary = upstream
         first = 2 + _GRADS
         to_moved, to_direction = (
@@ -369,9 +381,9 @@ class StatsCurvature(Function):
         if any(w is not None for w in along):
             # A Hessian is symmetric.
             gradients, tangent = _second(to_direction, summary, own[:_GRADS], moved, along, values, arguments)
-            moved = _kept(_of_summary(tangent), to_moved)
+            moved = kept(of_summary(tangent), to_moved)
         if upstream_of_summary is not None and any(to_direction):
-            grads = _grads_of_summary(upstream_of_summary)
+            grads = grads_of_summary(upstream_of_summary)
             others = StatsGradient.apply(to_direction, summary, *grads, *values, *arguments.flat())
             gradients = [b if a is None else a if b is None else a + b for a, b in zip(gradients, others)]
         return None, None, *(None,) * _GRADS, *moved, *gradients, *(None,) * (3 + len(arguments._names))

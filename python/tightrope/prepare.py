@@ -73,6 +73,15 @@ class Space:
         """The owner's values as [N, D] or [N, V]."""
         return self.like.reshape(math.prod(self.tokens), self.like.shape[-1])
 
+    def _refuse_learned(self, target: Tensor | TopKTarget) -> None:
+        """Raise ValueError where ranks share the vocabulary and a target requires grad."""
+        masses = target.probs if isinstance(target, TopKTarget) else target
+        if self.ranks is not None and masses.requires_grad:
+            raise ValueError(
+                "target: got one that requires grad with vocab_parallel, expected one that does not where "
+                "ranks hold the vocabulary together"
+            )
+
     def target(
         self, target: Tensor | TopKTarget | None, ignore_index: int, shift: int, required: bool = False
     ) -> TokenTarget:
@@ -82,6 +91,7 @@ class Space:
             whole = self.ranks is not None and self.ranks.sharded
             width = self.vocab_size if whole else self.here
             validation.target(target, self.tokens, width, self.device, self.owner)
+            self._refuse_learned(target)
         ignore_index = validation.ignore_index(ignore_index, target)
         shift = validation.shift(shift, self.tokens)
         if shift and self.ranks is not None and self.ranks.cuts_sequences:
@@ -348,11 +358,13 @@ def choose_strategy(
 ) -> str:
     """Chunked needs the upstream gradient to be one number, and the gradient of a leaf to be wanted.
 
-    Its gradients are numbers, so inside of a transform, which differentiates them, it is not.
+    Its gradients are numbers, so inside of a transform, which differentiates them, it is not; nor where a
+    target is learned, whose gradient it does not make.
     """
     leaves = (*head, arguments.temperature)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-    if reduction == "none" or not wanted or transformed():
+    learned = any(t is not None and t.requires_grad for t in (arguments.dense, arguments.topk_prob))
+    if reduction == "none" or not wanted or learned or transformed():
         return "streaming"
     rows, width = math.prod(space.tokens), space.vocab_size
     if space.ranks is not None:

@@ -54,17 +54,22 @@ def batched(
     alone = any(kind == SHARED and own for kind, own in zip(kinds, has_batch))
     if alone or any(kind == SHARED and want for kind, want in zip(out_kinds, wanted)):
         calls = [
-            function.apply(*(x[i] if own else x for x, own in zip(moved, has_batch))) for i in range(size)
+            _several(function.apply(*(x[i] if own else x for x, own in zip(moved, has_batch))))
+            for i in range(size)
         ]
         outputs = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*calls))
         return outputs, tuple(None if out is None else 0 for out in outputs)
     joined = [_joined(x, own, size, kind) for x, own, kind in zip(moved, has_batch, kinds)]
-    outputs = function.apply(*joined)
+    outputs = _several(function.apply(*joined))
     apart = tuple(None if x is None else _apart(x, size, kind) for x, kind in zip(outputs, out_kinds))
     places = tuple(
         None if x is None else x.dim() - 2 if kind == COLUMNS else 0 for x, kind in zip(apart, out_kinds)
     )
     return apart, places
+
+
+def _several(outputs: Tensor | tuple) -> tuple:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def _flat(dims: Sequence) -> list[int | None]:
@@ -85,5 +90,7 @@ def _joined(x: object, own: bool, size: int, kind: str | None) -> object:
 
 def _apart(x: Tensor, size: int, kind: str) -> Tensor:
     """An output of all calls, its rows as (batch, rows)."""
+    if kind == TOKENS:  # it has the batch's dimension still
+        return x
     at = x.dim() - 1 if kind == COLUMNS else 0
     return x.unflatten(at, (size, x.shape[at] // size))

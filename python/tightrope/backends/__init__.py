@@ -136,6 +136,8 @@ BACKENDS = {
             torch.ops.tightrope.row_stats,
             torch.ops.tightrope.row_grad,
             torch.ops.tightrope.row_sides,
+            row_tangent=torch.ops.tightrope.row_tangent,
+            row_grad_tangent=torch.ops.tightrope.row_grad_tangent,
         ),
         # Its own row kernels, and Triton's streaming ones.
         Backend(

@@ -14,7 +14,7 @@ from .problem import Chunk, LogitsProblem
 from .tangents import Direction, Form, Moving, Upstream
 
 
-def _chunks(problem: LogitsProblem) -> Iterator[tuple[Chunk, Tensor]]:
+def chunks(problem: LogitsProblem) -> Iterator[tuple[Chunk, Tensor]]:
     """Chunks of rows, each with its logits, of unit stride along the vocabulary."""
     for start, stop in plan.logits_spans(problem.rows.total, problem.widest, problem.device):
         logits = problem.logits[start:stop, : problem.columns]
@@ -26,7 +26,7 @@ def statistics(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
     """Summary [SUMMARY, N] and argmax [N] of every row; zeros and -1 for ignored rows."""
     problem.check_topk()
     summary, argmax = problem.empty_summary()
-    for chunk, logits in _chunks(problem):
+    for chunk, logits in chunks(problem):
         partial, best = problem.new_partial(chunk.size)
         tile = (0, problem.columns)
         scored = problem.tempered(logits, chunk, tile)
@@ -43,7 +43,7 @@ def gradient(problem: LogitsProblem, summary: Tensor, coef: Tensor, to_temperatu
     """
     out = torch.empty_like(problem.logits, memory_format=torch.contiguous_format)
     out[:, problem.columns :] = 0.0  # padding
-    for chunk, logits in _chunks(problem):
+    for chunk, logits in chunks(problem):
         where = chunk.where
         to_rows = None if to_temperature is None else to_temperature[where]
         norm = norm_rows(summary[:, where])
@@ -59,7 +59,7 @@ def _moving(
     problem: LogitsProblem, summary: Tensor, direction: Direction
 ) -> Iterator[tuple[Moving, Tensor, Tensor]]:
     """Chunks of rows, each with its logits and their direction as the row primitives take them."""
-    for chunk, logits in _chunks(problem):
+    for chunk, logits in chunks(problem):
         tile, moved = (0, problem.columns), direction.input_tangent
         scored = problem.tempered(logits, chunk, tile)
         if moved is None:

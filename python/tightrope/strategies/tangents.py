@@ -278,6 +278,11 @@ def tangent(problem: LinearProblem, summary: Tensor, direction: Direction, works
     return out
 
 
+def holds_chunks(rows: int, columns: int, dtype: torch.dtype, workspace: int, device: torch.device) -> bool:
+    """Whether the workspace holds logits and their direction of chunks of good size."""
+    return plan.choose_strategy(rows, 2 * columns, dtype.itemsize, workspace, device) == "chunked"
+
+
 def curvature(
     problem: LinearProblem,
     summary: Tensor,
@@ -288,10 +293,8 @@ def curvature(
 ) -> tuple[Gradients, Tensor]:
     """The derivatives of the gradients, in the tensors' dtypes, and of the summary, along a direction."""
     problem.check_topk()
-    strategy = plan.choose_strategy(
-        problem.rows.count, 2 * problem.columns, problem.dtype.itemsize, workspace, problem.device
-    )
-    by = _by_chunks if strategy == "chunked" else _by_tiles
+    held = holds_chunks(problem.rows.count, problem.columns, problem.dtype, workspace, problem.device)
+    by = _by_chunks if held else _by_tiles
     return by(_Linear(problem, summary, direction, needs), upstream, needs, workspace)
 
 
