@@ -281,10 +281,10 @@ TIGHTROPE_HD V logit_gradient(const V& z, const Coefficients<V>& c) {
   return c.logit * z + c.constant;
 }
 
-// Sums of a row along a direction of its logits, which the derivatives of its statistics are made of:
-// `moved` is the direction at an entry. The statistics of the whole row are known, so p is normalised
-// and the sums of disjoint parts simply add up. The order is the layout of the `sums` tensors,
-// [kTangentSums, rows].
+// Sums of a row along a direction of its logits, which the derivatives of its statistics are made
+// of: `moved` is the direction at an entry. The statistics of the whole row are known, so p is
+// normalised and the sums of disjoint parts simply add up. The order is the layout of the `sums`
+// tensors, [kTangentSums, rows].
 template <class V>
 struct TangentSums {
   V prob, prob_log_prob, prob_square;  // sum p moved, sum p log p moved, sum p^2 moved
@@ -307,8 +307,7 @@ TIGHTROPE_HD void add_moved(
 
 // Adds target mass b at that entry.
 template <class V>
-TIGHTROPE_HD void add_moved_target(
-    TangentSums<V>& sums, const V& b, const V& moved, const V& p) {
+TIGHTROPE_HD void add_moved_target(TangentSums<V>& sums, const V& b, const V& moved, const V& p) {
   const V weighed = b * moved;
   sums.target = sums.target + weighed;
   sums.target_prob = fmadd(weighed, p, sums.target_prob);

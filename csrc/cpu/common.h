@@ -45,8 +45,8 @@ struct Transform {
 
   // The direction of logits z, from that of raw values; impossible entries do not move.
   Vec push_forward(Vec moved, Vec z) const {
-    const Vec out = to_logit_tangent<Vec>(
-        moved, z, Vec(logit_scale), softcap != T(0), Vec(inverse_cap()));
+    const Vec out =
+        to_logit_tangent<Vec>(moved, z, Vec(logit_scale), softcap != T(0), Vec(inverse_cap()));
     return Vec::blendv(out, Vec(T(0)), z == Vec(-std::numeric_limits<T>::infinity()));
   }
 

@@ -254,9 +254,8 @@ void row_grad_tangent_op(
         check(coef_tangent, "coef_tangent", {kCoefficients * forms, rows}, type);
         const auto run = [&](auto kernel) {
           kernel(
-              logits.const_data_ptr<scalar_t>(), stride(logits),
-              tangent.const_data_ptr<scalar_t>(), stride(tangent),
-              out.has_value() ? out->data_ptr<scalar_t>() : nullptr,
+              logits.const_data_ptr<scalar_t>(), stride(logits), tangent.const_data_ptr<scalar_t>(),
+              stride(tangent), out.has_value() ? out->data_ptr<scalar_t>() : nullptr,
               out.has_value() ? stride(*out) : 0, out_tangent.data_ptr<scalar_t>(),
               stride(out_tangent), rows, cols, offset,
               make_transform<T>(cols, bias, logit_scale, softcap),

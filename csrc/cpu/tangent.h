@@ -57,13 +57,14 @@ struct Moved {
 // `no` holds.
 template <class V, class No, class Pick>
 Moved<V> moved_gradient(
-    const V& z, const V& moved, const V& p, const V& log_p, const MovingForm<V>& f, const No& no_logit,
-    const No& no_logit_tangent, Pick pick) {
+    const V& z, const V& moved, const V& p, const V& log_p, const MovingForm<V>& f,
+    const No& no_logit, const No& no_logit_tangent, Pick pick) {
   const Coefficients<V>& c = f.form.c;
   const V delta = moved - f.norm;
   const V of_logit = pick(logit_gradient(z, c), c.constant, no_logit);
   const V still = c.logit * moved + f.c.constant;
-  const V of_logit_tangent = pick(logit_gradient_tangent(z, moved, c, f.c), still, no_logit_tangent);
+  const V of_logit_tangent =
+      pick(logit_gradient_tangent(z, moved, c, f.c), still, no_logit_tangent);
   return {
       prob_gradient(p, log_p, c) + of_logit,
       prob_gradient_tangent(p, log_p, delta, c, f.c) + of_logit_tangent};
@@ -132,10 +133,13 @@ struct SidesLaneSums {
     const Vec zero(T(0)), log_zero(static_cast<T>(kLogZero));
     const Vec inside = z >= least;
     const bool alone = is_none(inside);
-    const auto pick = [&](const Vec& a, const Vec& b) { return alone ? a : Vec::blendv(a, b, inside); };
+    const auto pick = [&](const Vec& a, const Vec& b) {
+      return alone ? a : Vec::blendv(a, b, inside);
+    };
     const Vec log_p =
         log_probability(z, pick(of_rest.max, of_set.max), pick(of_rest.log_sum, of_set.log_sum));
-    const Vec p = live < Vec::size() ? Vec::set(zero, exponential(log_p), live) : exponential(log_p);
+    const Vec p =
+        live < Vec::size() ? Vec::set(zero, exponential(log_p), live) : exponential(log_p);
     const Vec bounded = at::vec::maximum(log_p, log_zero);
     if (alone) {
       rest.add(z, moved, p, bounded, b);
@@ -150,7 +154,8 @@ struct SidesLaneSums {
 // null. whole: also what is no target's.
 template <class T>
 void add_entry_sums(
-    T* sums, int64_t rows, int64_t i, T z, T moved, const Norm<T>& norm, const T* mass, bool whole) {
+    T* sums, int64_t rows, int64_t i, T z, T moved, const Norm<T>& norm, const T* mass,
+    bool whole) {
   TangentSums<T> one = {0, 0, 0, 0, 0, 0, 0};
   const T log_p = log_probability(z, norm.max, norm.log_sum), p = std::exp(log_p);
   const T finite = z == -std::numeric_limits<T>::infinity() ? T(0) : z;

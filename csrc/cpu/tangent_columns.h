@@ -14,7 +14,8 @@ constexpr int64_t kMovingBlock = kColumnBlock / 2;
 template <class scalar_t, class T>
 void load_moving_columns(
     const scalar_t* raw, int64_t stride, const scalar_t* tangent, int64_t tangent_stride,
-    const Group<T>& group, int64_t first, int64_t n, const Transform<T>& transform, T* z, T* moved) {
+    const Group<T>& group, int64_t first, int64_t n, const Transform<T>& transform, T* z,
+    T* moved) {
   using Vec = Vectorized<T>;
   constexpr int64_t kLanes = Vec::size();
   load_column_block(raw, stride, group, first, n, transform, z);
@@ -109,7 +110,9 @@ void column_grad_tangent(
     const auto set = kThreshold ? load(Vec(), 1, lanes) : whole;
     const Vec least = kThreshold ? group.load(sets.threshold) : zero;
     const Vec no_logit = whole.form.c.logit == zero, no_logit_tangent = whole.c.logit == zero;
-    const auto pick = [](const Vec& a, const Vec& b, const Vec& no) { return Vec::blendv(a, b, no); };
+    const auto pick = [](const Vec& a, const Vec& b, const Vec& no) {
+      return Vec::blendv(a, b, no);
+    };
     alignas(64) T switched_off[kLanes] = {};
     for (int64_t l = 0; l < group.lanes; ++l) {
       switched_off[l] = active != nullptr && !active[group.begin + l] ? T(1) : T(0);
@@ -159,7 +162,8 @@ void column_grad_tangent(
         const Vec changed = transform.pull_back_tangent(grad, Vec::loadu(tangent_lane), v, m);
         Vec::blendv(changed, zero, inactive).store(tangent_lane);
         at::vec::convert(
-            tangent_lane, out_tangent + (first + j) * out_tangent_stride + group.begin, group.lanes);
+            tangent_lane, out_tangent + (first + j) * out_tangent_stride + group.begin,
+            group.lanes);
         if (out == nullptr) continue;
         Vec::blendv(transform.pull_back(grad, v), zero, inactive).store(lane);
         at::vec::convert(lane, out + (first + j) * out_stride + group.begin, group.lanes);

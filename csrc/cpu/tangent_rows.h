@@ -106,7 +106,8 @@ void row_grad_tangent(
         continue;
       }
       const auto load = [&](auto like, int side, auto value) {
-        return MovingForm<decltype(like)>::load(norm, norm_tangent, coef, coef_tangent, side, value);
+        return MovingForm<decltype(like)>::load(
+            norm, norm_tangent, coef, coef_tangent, side, value);
       };
       const auto value = [&](const T* from, int k) { return from[k * rows + i]; };
       const auto lanes = [&](const T* from, int k) { return Vec(from[k * rows + i]); };
@@ -156,8 +157,7 @@ void row_grad_tangent(
             const int64_t count = std::min(kLanes, n - j);
             const Vec v = Vec::loadu(z + j, count), grad = Vec::loadu(g + j, count);
             transform
-                .pull_back_tangent(
-                    grad, Vec::loadu(gt + j, count), v, Vec::loadu(moved + j, count))
+                .pull_back_tangent(grad, Vec::loadu(gt + j, count), v, Vec::loadu(moved + j, count))
                 .store(gt + j, count);
             transform.pull_back(grad, v).store(g + j, count);
           }
