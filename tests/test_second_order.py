@@ -11,6 +11,7 @@ import tightrope
 from calls import CALLS, every_call, every_loss
 from helpers import STRATEGIES, assert_no_worse, assert_within, class_indices, randn
 from tightrope import reference
+from tightrope.strategies import chunked, gemm, problem, streaming, tangents
 
 # PyTorch's own: forward mode and the compiler use what it deprecates; backward(create_graph=True) may leak.
 pytestmark = [
@@ -192,6 +193,48 @@ def test_bfloat16(call):
     for one, true in zip(actual, expected):
         assert one.dtype == torch.bfloat16
         assert_within(one, true, 5e-3)
+
+
+@pytest.mark.parametrize(("workspace_mb", "products"), [(None, 7), (1e-5, 10)], ids=["chunks", "tiles"])
+@pytest.mark.parametrize("call", ["chunked", "own chunked"])
+@pytest.mark.parametrize("creativity", ["entropy", "collision"])
+def test_products_of_a_chunked_loss(monkeypatch, call, creativity, workspace_mb, products):
+    """A graph that takes the loss again, or a curvature in the statistics that takes a sweep of its own."""
+    hidden, weight, target = leaves(F64)
+    if call == "chunked":
+        options = {"balance": 0.1, "creativity": creativity}
+        function = tightrope.linear_reality_creativity_loss
+    else:
+        options = {"loss_fn": lambda s: -s.target_log_prob + getattr(s, creativity).square()}
+        function = tightrope.linear_vocab_loss
+    count = [0]
+
+    def counted(a, b, out, **others):
+        count[0] += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return multiply(a, b, out, **others)
+
+    multiply = gemm.multiply
+    for module in (chunked, problem, streaming, tangents):
+        monkeypatch.setattr(module, "multiply", counted)
+    loss = function(hidden, weight, target, strategy="chunked", workspace_mb=workspace_mb, **options)
+    gradients = torch.autograd.grad(loss, (hidden, weight), create_graph=True)
+    first = count[0]
+    torch.autograd.grad(gradients, (hidden, weight), [torch.ones_like(g) for g in gradients])
+    one = 2 * ROWS * WIDTH * VOCAB
+    assert (first, count[0] - first) == (3 * one, products * one)
+
+
+@pytest.mark.parametrize("call", [name for name in CALLS if "statistics" not in name])
+def test_a_batch_of_directions(call):
+    """Several products in one call of the engine, which holds directions that have no values."""
+    hidden, weight, target = leaves(F64)
+    directions = randn(3, ROWS, WIDTH, seed=9, dtype=F64)
+    (gradient,) = torch.autograd.grad(value(call, (hidden, weight, target)), hidden, create_graph=True)
+    ask = {"outputs": gradient, "inputs": (hidden, weight), "retain_graph": True}
+    batched = torch.autograd.grad(**ask, grad_outputs=directions, is_grads_batched=True)
+    for i, direction in enumerate(directions):
+        for one, expected in zip(batched, torch.autograd.grad(**ask, grad_outputs=direction)):
+            assert_within(one[i], expected, 1e-12)
 
 
 HOSTILE = ("plain", "offset", "peaked", "wide", "masked rows", "impossible classes")

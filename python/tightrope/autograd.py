@@ -7,9 +7,6 @@ of the statistics arrive. The losses between statistics and result are plain PyT
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -19,9 +16,10 @@ from .arguments import Arguments, LinearArguments, LogitsArguments
 from .coefficients import row_coefficients
 from .derivatives import VocabStats, pulled_back
 from .distributed.collectives import same_on_ranks
+from .loss_gradient import LossGradient, Recipe, Sources, gradients_by_statistics
 from .losses import RealityCreativity
 from .statistics import RowStats
-from .strategies import ops, own, soft, soft_ops
+from .strategies import ops, own, row_losses, soft, soft_ops
 from .strategies.chunked import Needs
 from .targets import Target
 from .theta import mass_needed, of_arguments, statistics, upstream_of
@@ -139,32 +137,19 @@ class ChunkedLoss(Function):
     def forward(ctx, row_scale, balance, target_square, family, input, weight, bias, *flat):
         arguments = LinearArguments(*flat)
         needed = (*ctx.needs_input_grad[4:7], _temperature_needed(ctx, 7, LinearArguments))
+        family = RealityCreativity(*family)
         row_loss, summary, argmax, *gradients, to_balance = ops.linear_loss(
-            row_scale,
-            balance,
-            target_square,
-            RealityCreativity(*family),
-            Needs(*needed),
-            input,
-            weight,
-            bias,
-            arguments,
+            row_scale, balance, target_square, family, Needs(*needed), input, weight, bias, arguments
         )
         sources = (row_scale, balance, input, weight, bias, arguments.temperature)
-        ctx.save_for_backward(row_loss, to_balance, *_wanted(gradients, needed), *sources)
-        ctx.dtypes = [None if t is None else t.dtype for t in sources]
-        ctx.shared_by = arguments.group if arguments.sharded else None
-        if not torch.compiler.is_compiling():
-            ctx.again = Again(_built_in, (RealityCreativity(*family), target_square), arguments)
-        ctx.mark_non_differentiable(summary, argmax)
+        known = (row_loss, to_balance, *_wanted(gradients, needed))
+        _save(ctx, row_losses.BuiltIn(family), (target_square,), arguments, known, sources, (summary, argmax))
         return (row_scale * row_loss).sum(), summary, argmax
 
     @staticmethod
     def backward(ctx, upstream, *_):
         needs = ctx.needs_input_grad
         needed = (*needs[:2], *needs[4:7], _temperature_needed(ctx, 7, LinearArguments))
-        if ctx.shared_by is not None:
-            upstream = same_on_ranks(upstream, ctx.shared_by)
         scaled = _gradients(ctx, needed, upstream)
         return *scaled[:2], None, None, *scaled[2:5], *_of_group(scaled[5], LinearArguments)
 
@@ -184,88 +169,53 @@ class OwnChunkedLoss(Function):
         )
         # Without a single row that counts, loss_fn was never called.
         to_args = record.args or tuple(torch.zeros_like(a) for a in row_args)
-        sources = (row_scale, input, weight, bias, temperature, *row_args)
-        ctx.save_for_backward(record.row_loss, *gradients.flat(), *to_args, *sources)
-        ctx.dtypes = [None if t is None else t.dtype for t in sources]
-        ctx.shared_by = arguments.group if arguments.sharded else None
-        if not torch.compiler.is_compiling():
-            ctx.again = Again(_own, (loss_fn,), arguments)
-        ctx.mark_non_differentiable(record.summary, record.argmax)
+        sources = (row_scale, *row_args, input, weight, bias, temperature)
+        known = (record.row_loss, *to_args, *gradients.flat())
+        loss = row_losses.Own(loss_fn, arguments.part(Target).is_given)
+        _save(ctx, loss, (), arguments, known, sources, (record.summary, record.argmax))
         return (row_scale * record.row_loss).sum(), record.summary, record.argmax
 
     @staticmethod
     def backward(ctx, upstream, *_):
         needs = ctx.needs_input_grad
-        needed = (*needs[1:6], *needs[7:])
-        if ctx.shared_by is not None:
-            upstream = same_on_ranks(upstream, ctx.shared_by)
-        scaled = _gradients(ctx, needed, upstream)
-        return None, *scaled[:5], None, *scaled[5:]
+        to_scale, *rest = _gradients(ctx, (needs[1], *needs[7:], *needs[2:6]), upstream)
+        to_args, theta = rest[:-4], rest[-4:]
+        return None, to_scale, *theta, None, *to_args
 
 
-class Again:
-    """A chunked loss as a function of the statistics: what has a second derivative.
+def _save(ctx, loss, constants, arguments: LinearArguments, gradients, sources, statistics) -> None:
+    """What the backward of a chunked loss takes. gradients, sources: in the order of `Sources`.
 
-    The gradients that the forward pass made are numbers. Where a graph of them is asked for the loss is taken
-    again by streaming, and differentiated as any function of the statistics is.
+    statistics: summary and argmax. loss, constants: as in `Recipe`.
     """
-
-    def __init__(self, function: Callable[..., Tensor], given: tuple, arguments: LinearArguments):
-        self.function, self.given, self.arguments = function, given, arguments
-        self.versions = self._versions()
-
-    def _versions(self) -> list[int]:
-        tensors = (*self.given, *self.arguments.tensors())
-        return [t._version for t in tensors if isinstance(t, Tensor) and not t.is_inference()]
-
-    def gradients(self, sources, needed: tuple[bool, ...], upstream: Tensor) -> list[Tensor | None]:
-        """The gradients of the loss, of those sources that are needed, with their graph."""
-        if self._versions() != self.versions:
-            raise RuntimeError(
-                "tightrope: a target, or another tensor that a loss was called with, was modified in place "
-                "before its backward with create_graph=True; expected it as it was"
-            )
-        # Views of the sources: one of them may follow from another, whose gradient is then not to be seen.
-        sources = [s.view_as(s) if isinstance(s, Tensor) else s for s in sources]
-        loss = self.function(*self.given, self.arguments, *sources)
-        wanted = [s for s, need in zip(sources, needed) if need]
-        found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=True, materialize_grads=True))
-        return [next(found) if need else None for need in needed]
+    ctx.save_for_backward(*gradients, *sources, *statistics)
+    ctx.dtypes = [None if t is None else t.dtype for t in sources]
+    ctx.shared_by = arguments.group if arguments.sharded else None
+    if not torch.compiler.is_compiling():
+        ctx.recipe = Recipe(loss, constants, arguments, linear_row_stats)
+    ctx.mark_non_differentiable(*statistics)
 
 
-def _built_in(
-    family, target_square, arguments, row_scale, balance, input, weight, bias, temperature
-) -> Tensor:
-    stats = linear_row_stats(input, weight, bias, replace(arguments, temperature=temperature))
-    return _total(family(stats, balance, target_square), row_scale, arguments)
-
-
-def _own(loss_fn, arguments, row_scale, input, weight, bias, temperature, *row_args) -> Tensor:
-    stats = linear_row_stats(input, weight, bias, replace(arguments, temperature=temperature))
-    loss = own.evaluate(loss_fn, stats, row_args, arguments.part(Target).is_given)
-    return _total(loss, row_scale, arguments)
-
-
-def _total(loss: Tensor, row_scale: Tensor, arguments: LinearArguments) -> Tensor:
-    if arguments.valid is not None:
-        loss = torch.where(arguments.valid, loss, 0.0)
-    return (row_scale * loss).sum()
-
-
-def _gradients(ctx, needed: tuple[bool, ...], upstream: Tensor) -> list[Tensor | None]:
-    """The gradients of a chunked loss: scaled, or where their graph is asked for made again."""
-    saved = ctx.saved_tensors
+def _gradients(ctx, needed: tuple[bool, ...], upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of a chunked loss, of those of its sources that are needed; with a graph if asked for."""
+    if ctx.shared_by is not None:
+        upstream = same_on_ranks(upstream, ctx.shared_by)
+    *saved, summary, argmax = ctx.saved_tensors
+    known, sources = _wanted(saved, needed), saved[len(needed) :]
     if torch.compiler.is_compiling():
-        return _scale(_wanted(saved, needed), ctx.dtypes, upstream, kept=True)
+        return _scale(known, ctx.dtypes, upstream, kept=True)
     if torch.is_grad_enabled():
-        return ctx.again.gradients(saved[len(needed) :], needed, upstream)
+        ctx.recipe.check_unchanged()
+        if transformed() or not has_values(upstream):
+            return gradients_by_statistics(ctx.recipe, upstream, Sources.of(sources), needed)[0]
+        return LossGradient.apply(ctx.recipe, upstream, summary, argmax, *known, *sources)
     kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
     if not kept:
-        ctx.again = None  # who keeps the loss keeps no target with it
-    return _scale(_wanted(saved, needed), ctx.dtypes, upstream, kept)
+        ctx.recipe = None  # who keeps the loss keeps no target with it
+    return _scale(known, ctx.dtypes, upstream, kept)
 
 
-def _scale(gradients, dtypes, upstream: Tensor, kept: bool) -> list[Tensor | None]:
+def _scale(gradients, dtypes, upstream: Tensor, kept: bool) -> tuple[Tensor | None, ...]:
     """Each gradient times the upstream one, then rounded to its tensor's dtype: once.
 
     kept: the graph is kept after this backward. The saved gradients are scaled in place only where nobody can
@@ -278,4 +228,4 @@ def _scale(gradients, dtypes, upstream: Tensor, kept: bool) -> list[Tensor | Non
         scaled = gradients
     else:
         scaled = [None if g is None else g.mul_(upstream) for g in gradients]
-    return [None if g is None else g.to(t) for g, t in zip(scaled, dtypes)]
+    return tuple(None if g is None else g.to(t) for g, t in zip(scaled, dtypes))

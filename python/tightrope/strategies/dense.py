@@ -11,7 +11,7 @@ from ..statistics import norm_rows
 from . import plan
 from .chunked import Needs
 from .problem import Chunk, LogitsProblem
-from .tangents import Direction, Form, Moving, Upstream
+from .tangents import Direction, Form, Moving, UpstreamOf
 
 
 def chunks(problem: LogitsProblem) -> Iterator[tuple[Chunk, Tensor]]:
@@ -88,7 +88,7 @@ def _add_tangent(moving: Moving, scored: Tensor, moved: Tensor, summary: Tensor,
 def curvature(
     problem: LogitsProblem,
     summary: Tensor,
-    upstream: Upstream,
+    upstream: UpstreamOf,
     direction: Direction,
     needs: Needs,
 ) -> tuple[Tensor, Tensor | None, Tensor]:

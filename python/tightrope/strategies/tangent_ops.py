@@ -13,6 +13,7 @@ from ..arguments import LinearArguments, LogitsArguments, Signature
 from ..statistics import StatGrads
 from . import dense, ops, tangents
 from .chunked import Needs
+from .problem import LinearProblem
 from .tangents import Direction, Upstream
 
 # Upstream gradients of the statistics and where they move, each as those that there are [k, N] and which.
@@ -37,7 +38,7 @@ def _unpacked(grads: Tensor, named: list[int]) -> StatGrads:
 
 def _linear_tangent(summary, direction: Direction, input, weight, bias, arguments: LinearArguments):
     """The derivative of the summary [SUMMARY, N]."""
-    problem = _problem(input, weight, bias, arguments)
+    problem = moving_problem(input, weight, bias, arguments)
     with ops.exact_products(input.device):
         return tangents.tangent(problem, summary, direction, arguments.workspace)
 
@@ -59,7 +60,7 @@ def _linear_curvature(
 
     grads, grads_tangent: the upstream gradients of the statistics and where they move, `packed`.
     """
-    problem = _problem(input, weight, bias, arguments)
+    problem = moving_problem(input, weight, bias, arguments)
     upstream = Upstream(_unpacked(grads, named), _unpacked(grads_tangent, named_tangent))
     with ops.exact_products(input.device):
         gradients, tangent = tangents.curvature(
@@ -74,7 +75,8 @@ def _linear_curvature_fake(
     return *ops.fake_gradients(needs, input, weight, bias, arguments), torch.empty_like(summary)
 
 
-def _problem(input, weight, bias, arguments: LinearArguments):
+def moving_problem(input, weight, bias, arguments: LinearArguments) -> LinearProblem:
+    """`ops.linear_problem`, for products along a direction."""
     problem = ops.linear_problem(input, weight, bias, arguments)
     # A direction may have any size, so no scale would keep its products within float16.
     return problem.in_arithmetic() if problem.operand == torch.float16 else problem

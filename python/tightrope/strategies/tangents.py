@@ -5,13 +5,15 @@ beside the logits. Its sums give the derivative of a row's statistics, these tha
 derivative Gdot of the logits' gradient G follows, as a form of row scalars again. Then
 ``dh = Gdot W + G vW`` and ``dW = Gdot^T h + G^T vh``.
 
-Where the workspace holds chunks of good size, logits and direction of a chunk stay in it between the two
-sweeps: seven GEMMs where hidden states and head move. Else the vocabulary goes by in tiles, twice, and the
-logits are made again: ten.
+Where the workspace holds the logits of chunks of good size, logits and direction of a chunk stay in memory
+between the two sweeps: seven GEMMs where hidden states and head move. Else the vocabulary goes by in tiles,
+twice, and the logits are made again: ten. The direction takes as much memory as the logits, beside them: half
+as many rows would share each pass over the head, and GEMMs of few rows are slower.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +49,8 @@ class Upstream:
     grads: StatGrads
     moved: StatGrads
 
-    def at(self, where: slice | Tensor) -> Upstream:
+    def __call__(self, where: slice | Tensor, *_: Tensor) -> Upstream:
+        """Those of some rows, whatever their statistics."""
         return Upstream(
             *(StatGrads(*(None if g is None else g[where] for g in x)) for x in (self.grads, self.moved))
         )
@@ -61,6 +64,11 @@ class Upstream:
         return coef, moved
 
 
+# A tile of the head, its logits and their gradients have a direction beside them, and all take turns. So a
+# tile is as wide as one of so many times the rows is elsewhere.
+_IN_CACHE = 4
+# (which rows, their summary [SUMMARY, n], its derivative) -> the upstream gradients of their statistics.
+UpstreamOf = Callable[[slice | Tensor, Tensor, Tensor], Upstream]
 # A value, and its derivative along a direction where it has one.
 Pair = tuple[Tensor, Tensor | None]
 
@@ -179,11 +187,11 @@ class Form:
     to_temperature: Tensor | None  # [n]: the derivative of the gradient of temperatures, which is added to
 
     @classmethod
-    def of(cls, upstream: Upstream, moving: Moving, summary: Tensor, tangent: Tensor, needs: Needs) -> Form:
+    def of(cls, upstream: UpstreamOf, moving: Moving, summary: Tensor, tangent: Tensor, needs: Needs) -> Form:
         """Of the chunk of rows that moves; the others of all rows."""
         where, problem = moving.chunk.where, moving.problem
         summary, tangent = summary[:, where], tangent[:, where]
-        coef, moved = upstream.at(where).coefficients(summary, tangent, problem.vocab_size)
+        coef, moved = upstream(where, summary, tangent).coefficients(summary, tangent, problem.vocab_size)
         to_rows = summary.new_zeros(moving.chunk.size) if needs.temperature_grad else None
         return cls(norm_tangent_rows(tangent).contiguous(), coef, moved, to_rows)
 
@@ -265,7 +273,7 @@ def tangent(problem: LinearProblem, summary: Tensor, direction: Direction, works
     """The derivative [SUMMARY, N] of every row's summary; zeros for ignored rows."""
     problem.check_topk()
     linear, out = _Linear(problem, summary, direction), torch.zeros_like(summary)
-    tiles, spans = tiled_spans(problem, workspace // 2)
+    tiles, spans = tiled_spans(problem, workspace)
     with borrow(2 * largest(tiles, spans), problem.dtype, problem.device) as memory:
         for start, stop in spans:
             moving = linear.moving(start, stop)
@@ -279,14 +287,14 @@ def tangent(problem: LinearProblem, summary: Tensor, direction: Direction, works
 
 
 def holds_chunks(rows: int, columns: int, dtype: torch.dtype, workspace: int, device: torch.device) -> bool:
-    """Whether the workspace holds logits and their direction of chunks of good size."""
-    return plan.choose_strategy(rows, 2 * columns, dtype.itemsize, workspace, device) == "chunked"
+    """Whether the workspace holds the logits of chunks of good size."""
+    return plan.choose_strategy(rows, columns, dtype.itemsize, workspace, device) == "chunked"
 
 
 def curvature(
     problem: LinearProblem,
     summary: Tensor,
-    upstream: Upstream,
+    upstream: UpstreamOf,
     direction: Direction,
     needs: Needs,
     workspace: int,
@@ -298,18 +306,21 @@ def curvature(
     return by(_Linear(problem, summary, direction, needs), upstream, needs, workspace)
 
 
-def _by_chunks(linear: _Linear, upstream: Upstream, needs: Needs, workspace: int) -> tuple[Gradients, Tensor]:
+def _by_chunks(
+    linear: _Linear, upstream: UpstreamOf, needs: Needs, workspace: int
+) -> tuple[Gradients, Tensor]:
     problem, summary, dtype = linear.problem, linear.summary, linear.problem.dtype
     spans = plan.tiled_chunk_spans(
-        problem.rows.count, 1, 2 * problem.columns, dtype, problem.operand, workspace, problem.device
+        problem.rows.count, 1, problem.columns, dtype, problem.operand, workspace, problem.device
     )
     sums, out = Gradients.unwritten(problem, needs, len(spans)), torch.zeros_like(summary)
     half = max((stop - start for start, stop in spans), default=0) * problem.columns
     with borrow(2 * half, dtype, problem.device) as memory:
         for start, stop in spans:
             moving = linear.moving(start, stop)
-            chunk, row_sums, tiles = moving.chunk, moving.new_sums(), problem.tiles(stop - start)
+            chunk, row_sums = moving.chunk, moving.new_sums()
             where, hidden, pairs = chunk.where, linear.hidden(chunk), []
+            tiles = problem.tiles(_IN_CACHE * chunk.size)
             for tile in tiles:
                 parts = memory[chunk.size * tile[0] : half], memory[half + chunk.size * tile[0] :]
                 pairs.append(linear.logits(moving, hidden, linear.head(tile), parts, tile))
@@ -332,10 +343,12 @@ def _by_chunks(linear: _Linear, upstream: Upstream, needs: Needs, workspace: int
     return sums.rounded(problem), out
 
 
-def _by_tiles(linear: _Linear, upstream: Upstream, needs: Needs, workspace: int) -> tuple[Gradients, Tensor]:
+def _by_tiles(
+    linear: _Linear, upstream: UpstreamOf, needs: Needs, workspace: int
+) -> tuple[Gradients, Tensor]:
     problem, summary, dtype = linear.problem, linear.summary, linear.problem.dtype
     out = tangent(problem, summary, linear.direction, workspace)
-    tiles, spans = tiled_spans(problem, workspace // 2)
+    tiles, spans = tiled_spans(problem, workspace)
     rows, width = problem.rows.count, problem.input.shape[1]
     to_input = summary.new_zeros(rows, width) if needs.input_grad else None
     make = torch.empty_like if spans else torch.zeros_like  # without a row nothing is written to it
