@@ -3,8 +3,8 @@
     python examples/newton.py --out newton
 
 The problem is that of Sinha, Song and Zhou (arXiv 2306.02295), for each row h of some hidden states under a
-head W: half the squared distance of softmax(W h) to a target, with a ridge on the logits; and the same with
-a five-hundredth of it given to creativity, the negative entropy. The target is what the model thinks at twice its
+head W: half the squared distance of softmax(W h) to a target, with a ridge on the logits; and the same with a
+balance of 0.002 for creativity, the negative entropy. The target is what the model thinks at twice its
 temperature, its largest 64 probabilities. Both methods begin where the model stands.
 
 Newton's direction comes from conjugate gradients, which need products of the Hessian with vectors and nothing
