@@ -281,6 +281,59 @@ TIGHTROPE_HD V logit_gradient(const V& z, const Coefficients<V>& c) {
   return c.logit * z + c.constant;
 }
 
+// Sums of a row along a direction of its logits, which the derivatives of its statistics are made
+// of: `moved` is the direction at an entry. The statistics of the whole row are known, so p is
+// normalised and the sums of disjoint parts simply add up. The order is the layout of the `sums`
+// tensors, [kTangentSums, rows].
+template <class V>
+struct TangentSums {
+  V prob, prob_log_prob, prob_square;  // sum p moved, sum p log p moved, sum p^2 moved
+  V target, target_prob;               // sum b moved, sum b p moved
+  V constant, logit;                   // sum moved, sum z moved
+};
+constexpr int kTangentSums = 7;
+
+// Adds an entry. z must be finite: an impossible entry does not move, and counts as 0.
+template <class V>
+TIGHTROPE_HD void add_moved(
+    TangentSums<V>& sums, const V& z, const V& moved, const V& p, const V& log_p) {
+  const V weighed = p * moved;
+  sums.prob = sums.prob + weighed;
+  sums.prob_log_prob = fmadd(weighed, log_p, sums.prob_log_prob);
+  sums.prob_square = fmadd(weighed, p, sums.prob_square);
+  sums.constant = sums.constant + moved;
+  sums.logit = fmadd(z, moved, sums.logit);
+}
+
+// Adds target mass b at that entry.
+template <class V>
+TIGHTROPE_HD void add_moved_target(TangentSums<V>& sums, const V& b, const V& moved, const V& p) {
+  const V weighed = b * moved;
+  sums.target = sums.target + weighed;
+  sums.target_prob = fmadd(weighed, p, sums.target_prob);
+}
+
+// The derivatives of the three parts of dloss/dz_j along a direction: moved at the entry, delta of
+// its log p, d of the coefficients.
+template <class V>
+TIGHTROPE_HD V prob_gradient_tangent(
+    const V& p, const V& log_p, const V& delta, const Coefficients<V>& c,
+    const Coefficients<V>& d) {
+  const V form = c.prob + c.prob_log_prob * log_p + c.prob_square * p;
+  const V changed = d.prob + d.prob_log_prob * log_p + d.prob_square * p;
+  return p * (delta * (form + c.prob_log_prob + c.prob_square * p) + changed);
+}
+template <class V>
+TIGHTROPE_HD V target_gradient_tangent(
+    const V& b, const V& p, const V& delta, const Coefficients<V>& c, const Coefficients<V>& d) {
+  return b * (d.target + p * (d.target_prob + c.target_prob * delta));
+}
+template <class V>
+TIGHTROPE_HD V logit_gradient_tangent(
+    const V& z, const V& moved, const Coefficients<V>& c, const Coefficients<V>& d) {
+  return d.logit * z + c.logit * moved + d.constant;
+}
+
 // dz/du of the softcap z = cap tanh(u / cap), from z.
 template <class V>
 TIGHTROPE_HD V softcap_slope(const V& z, const V& inverse_cap) {
@@ -303,6 +356,25 @@ TIGHTROPE_HD V
 to_raw_gradient(const V& grad, const V& z, const V& scale, bool capped, const V& inverse_cap) {
   const V scaled = grad * scale;
   return capped ? scaled * softcap_slope(z, inverse_cap) : scaled;
+}
+
+// The direction of a logit z, from that of its raw value.
+template <class V>
+TIGHTROPE_HD V
+to_logit_tangent(const V& moved, const V& z, const V& scale, bool capped, const V& inverse_cap) {
+  const V scaled = moved * scale;
+  return capped ? scaled * softcap_slope(z, inverse_cap) : scaled;
+}
+
+// The derivative of to_raw_gradient, where dloss/dz moves by grad_tangent and z by moved.
+template <class V>
+TIGHTROPE_HD V to_raw_gradient_tangent(
+    const V& grad, const V& grad_tangent, const V& z, const V& moved, const V& scale, bool capped,
+    const V& inverse_cap) {
+  const V scaled = grad_tangent * scale;
+  if (!capped) return scaled;
+  const V bend = (z * inverse_cap) * (moved * inverse_cap);
+  return scaled * softcap_slope(z, inverse_cap) - V(2) * bend * (grad * scale);
 }
 
 }  // namespace tightrope

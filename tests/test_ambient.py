@@ -180,6 +180,21 @@ def test_products_are_counted(call, products, frozen):
     assert counter.get_total_flops() == 2 * counted * WIDTH * VOCAB * (products - frozen)
 
 
+@pytest.mark.parametrize(("workspace_mb", "again"), [(None, 0), (1e-5, 3)], ids=["chunks", "tiles"])
+def test_products_of_a_second_derivative(workspace_mb, again):
+    """Seven, of a direction of hidden states and head, and three more where the logits are made again."""
+    hidden, weight, target = tensors(ignored=True)
+    weight.requires_grad_()
+    options = {"strategy": "streaming", "workspace_mb": workspace_mb}
+    with FlopCounterMode(display=False) as counter:
+        loss = tightrope.linear_reality_creativity_loss(hidden, weight, target, balance=0.1, **options)
+        gradients = torch.autograd.grad(loss, (hidden, weight), create_graph=True)
+        before = counter.get_total_flops()
+        torch.autograd.grad(gradients, (hidden, weight), [torch.ones_like(g) for g in gradients])
+    product = 2 * int((target != -100).sum()) * WIDTH * VOCAB
+    assert (before, counter.get_total_flops() - before) == (4 * product, (7 + again) * product)
+
+
 def test_the_flop_counter_may_come_first():
     """Its formulas are registered when it is imported, before this library or after."""
     import subprocess

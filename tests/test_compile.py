@@ -202,10 +202,37 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def second_order(linear):
+    """A direction in forward mode, and the derivative of a gradient."""
+    leaves = [randn(N, D).requires_grad_(), randn(V, D, seed=1).requires_grad_(), randn(V).requires_grad_()]
+    target = class_indices((N,), V, ignored=0.3)
+    options = {"temperature": (rand(N, seed=2) + 0.5).requires_grad_(), "softcap": 5.0}
+    if not linear:
+        leaves = [randn(N, V).requires_grad_()]
+
+    def function(first, *rest):
+        if not linear:
+            return tightrope.reality_creativity_loss(first, target, balance=0.5, **options)
+        weight, bias = rest
+        return tightrope.linear_reality_creativity_loss(first, weight, target, bias, balance=0.5, **options)
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(leaves[0].detach(), torch.ones_like(leaves[0]))
+        function(dual, *(leaf.detach() for leaf in leaves[1:]))
+    sources = (*leaves, options["temperature"])
+    grads = torch.autograd.grad(function(*leaves), sources, create_graph=True)
+    torch.autograd.grad(sum(g.square().sum() for g in grads), sources)
+
+
 def recorded_calls():
     with Recorder() as recorder:
         for function, problem in CASES.values():
             evaluate(function, problem)
+        for linear in (True, False):
+            second_order(linear)
+        soft = torch.softmax(randn(N, V), -1).requires_grad_()
+        tightrope.linear_reality_creativity_loss(randn(N, D), randn(V, D), soft).backward()
+        tightrope.reality_creativity_loss(randn(N, V), soft).backward()
     return recorder.calls
 
 
@@ -215,7 +242,9 @@ def registered():
 
 
 # Called by the other operators, where no mode sees them; they write into arguments, see below.
-PRIMITIVES = {f"tightrope::row_{name}" for name in ("stats", "sides", "grad", "loss_grad")}
+PRIMITIVES = {
+    f"tightrope::row_{name}" for name in ("stats", "sides", "grad", "loss_grad", "tangent", "grad_tangent")
+}
 
 
 def test_every_operator_is_checked():
@@ -257,6 +286,12 @@ def test_primitives(name, kind):
     elif name.endswith("row_loss_grad"):
         # Whole rows: there is no offset among its arguments.
         args = (logits, torch.empty_like(logits).fill_(float("nan")), *partial, randn(11, rows), *tail[1:])
+    elif name.endswith("tangent"):
+        norm, place = torch.stack([logits.amax(-1), torch.ones(rows)]), (0, None, None, *tail[1:])
+        args = (logits, randn(*logits.shape, seed=4), torch.zeros(7, rows), norm, *place)
+        if name.endswith("row_grad_tangent"):
+            outs = [torch.empty_like(logits).fill_(float("nan")) for _ in range(2)]
+            args = (*args[:2], *outs, norm, randn(1, rows), randn(7, rows), randn(7, rows, seed=5), *place)
     else:
         norm = torch.stack([logits.amax(-1), torch.ones(rows)])
         args = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 
@@ -54,3 +55,21 @@ def test_readme_on_many_gpus(ranks):
     small = code.replace("50257", "503").replace("768", "16")
     for loss, grad in ranks(2).run(of_readme, 2, small):
         assert 0 < loss < 20 and grad > 0
+
+
+def test_newton(tmp_path, monkeypatch, capsys):
+    """Would catch a Hessian's product that is off, whose error falls, but is not squared near the end."""
+    for package in ("matplotlib", "rich"):
+        pytest.importorskip(package)
+    options = ["--inputs", "random", "--rows", "3", "--vocab", "300", "--width", "16", "--ridge", "2"]
+    monkeypatch.setattr(sys, "argv", ["newton.py", *options, "--out", str(tmp_path)])
+    runpy.run_path(str(ROOT / "examples" / "newton.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert (tmp_path / "newton.png").is_file()
+    for name in ("softmax regression", "with creativity"):
+        lines = printed.split(f"\n{name}: error")[1].split("gradient descent:")
+        steps = [[float(x) for x in line.split()] for line in lines[0].splitlines()[2:]]
+        # The last step's error, and that it is less than the square of the one before, of small ones.
+        assert steps[-1][3] < 1e-3 and all(ratio < 0.1 for *_, ratio in steps[-2:])
+        descent = float(lines[1].splitlines()[0].split("error ")[1])
+        assert descent > 10 * steps[-1][3]

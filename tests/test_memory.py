@@ -109,6 +109,19 @@ def test_other_functions(body):
     assert growth < 80 < logits_mib(2048) / 4, f"grew by {growth:.0f} MiB"
 
 
+@pytest.mark.parametrize("strategy", ["chunked", "streaming"])
+def test_a_hessian_vector_product(strategy):
+    """A graph that keeps logits or their direction, and a product that makes them whole."""
+    body = f"""loss = tightrope.linear_reality_creativity_loss(
+        hidden, weight, target, bias, balance=0.3, creativity="collision", workspace_mb=16,
+        strategy="{strategy}")
+    leaves = hidden, weight, bias
+    gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+    torch.autograd.grad(gradients, leaves, [torch.ones_like(g) for g in gradients])"""
+    growth = growth_in_child(LINEAR.format(rows=2048, body=body))
+    assert growth < 80 < logits_mib(2048) / 4, f"grew by {growth:.0f} MiB"
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_logits_function(training):
     """The gradient of the logits is all that is made, and evaluation makes nothing of that size."""

@@ -41,7 +41,6 @@ def translated(target, kwargs, classes):
     if class_weight is not None and smoothing:
         raise Cannot("class weights apply to each class of a smoothed target, ours to whole rows")
     if target.is_floating_point():
-        target = target.detach()
         if class_weight is not None:
             target = target * class_weight
         return target, options, torch.tensor(target.numel() / classes)
@@ -96,14 +95,31 @@ def linear_cross_entropy(input, linear_weight, target, **kwargs):
     return stacked.unflatten(-1, extra) if reduction == "none" else stacked.sum()
 
 
-def gradients(loss, sample, upstream):
-    """By position or name, of what is no target and no class weight: those get none from ours."""
-    *arguments, _ = sample.args
+def differentiated(sample, target=False):
+    """By position or name, what has gradients; of class weights ours gives none. target: that as well."""
+    arguments = sample.args if target else sample.args[:-1]
     named = {"input": sample.input, **{f"argument {i}": x for i, x in enumerate(arguments)}}
     named["linear_bias"] = sample.kwargs.get("linear_bias")
-    wanted = {name: x for name, x in named.items() if x is not None and x.requires_grad}
-    grads = torch.autograd.grad(loss, list(wanted.values()), upstream)
-    return dict(zip(wanted, grads))
+    return {name: x for name, x in named.items() if x is not None and x.requires_grad}
+
+
+def gradients(loss, sample, upstream):
+    wanted = differentiated(sample, target=True)
+    return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values()), upstream, retain_graph=True)))
+
+
+def derivatives(loss, sample, upstream):
+    """Of the gradients, along a direction; not by the target, of which ours gives the first ones."""
+    wanted = differentiated(sample)
+    grads = torch.autograd.grad(loss, list(wanted.values()), upstream, create_graph=True)
+    along = [torch.linspace(-1, 1, g.numel(), dtype=g.dtype).view(g.shape) for g in grads]
+    # One class, or one row without weight: a constant gradient.
+    moving = [(g, d) for g, d in zip(grads, along) if g.requires_grad]
+    if not moving:
+        return {name: torch.zeros_like(x) for name, x in wanted.items()}
+    outputs, directions = zip(*moving)
+    found = torch.autograd.grad(outputs, list(wanted.values()), directions, materialize_grads=True)
+    return dict(zip(wanted, found))
 
 
 @pytest.mark.filterwarnings("ignore")  # the chunked reference warns where it falls back
@@ -113,7 +129,7 @@ def test_samples(operator, dtype):
     linear = operator.name.endswith("linear_cross_entropy")
     theirs = F.linear_cross_entropy if linear else F.cross_entropy
     function = linear_cross_entropy if linear else cross_entropy
-    compared, refused = 0, []
+    compared, learned, refused = 0, 0, []
     rtol = 1e-10 if dtype == torch.float64 else 2e-5
     for sample in operator.sample_inputs("cpu", dtype, requires_grad=True):
         try:
@@ -129,8 +145,14 @@ def test_samples(operator, dtype):
         truth = gradients(expected, sample, upstream)
         for name, gradient in gradients(actual, sample, upstream).items():
             torch.testing.assert_close(gradient, truth[name], **close, msg=lambda m, n=name: f"{n}: {m}")
+        learned += any(x.requires_grad for x in sample.args[-1:])
+        if dtype == torch.float64:
+            truth = derivatives(expected, sample, upstream)
+            for name, found in derivatives(actual, sample, upstream).items():
+                torch.testing.assert_close(found, truth[name], **close, msg=lambda m, n=name: f"d {n}: {m}")
         compared += 1
-    print(f"{operator.name}: {compared} compared, {len(refused)} refused: {sorted(set(refused))}")
+    print(f"{operator.name}: {compared} compared ({learned} with a target that requires grad)")
+    print(f"{len(refused)} refused: {sorted(set(refused))}")
     assert compared >= AT_LEAST[operator.name, operator.variant_test_name]
 
 

@@ -339,19 +339,6 @@ def test_threads_do_not_disturb_each_other(strategy):
             assert_close(actual, expected)
 
 
-def test_double_backward_is_refused_and_not_wrong():
-    """Second derivatives are not offered; asking must raise, for a silent zero would mislead."""
-    problem = linear_problem(3, vocab=20, dtype=F64)
-    for options in ({"strategy": "chunked"}, {"reduction": "none"}):
-        hidden = problem.leaves["input"].clone().requires_grad_()
-        loss = tightrope.linear_reality_creativity_loss(
-            hidden, problem.leaves["weight"], problem.target, **options
-        )
-        (gradient,) = torch.autograd.grad(loss.sum(), hidden, create_graph=True)
-        with pytest.raises(RuntimeError):
-            torch.autograd.grad(gradient.square().sum(), hidden)
-
-
 @strategies
 @pytest.mark.parametrize("learns_head", [False, True])
 def test_frozen_hidden_states_and_learned_balance(learns_head, strategy):

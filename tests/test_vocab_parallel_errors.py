@@ -233,6 +233,38 @@ def test_shift_where_sequences_are_cut(ranks):
         assert "shift the targets before they are cut" in said
 
 
+def differentiated_twice(rank: int, strategy: str, rows: str) -> list[str]:
+    """What a derivative of a gradient says, and what forward mode does."""
+    hidden, head, target = _tensors(rank, dist.get_world_size())
+    hidden, head = hidden.requires_grad_(), head.requires_grad_()
+    options = {"vocab_parallel": tightrope.VocabParallel(dist.group.WORLD, rows=rows), "strategy": strategy}
+
+    def loss(hidden):
+        return tightrope.linear_reality_creativity_loss(hidden, head, target, **options)
+
+    def twice():
+        gradients = torch.autograd.grad(loss(hidden), (hidden, head), create_graph=True)
+        sum(g.square().sum() for g in gradients).backward()
+
+    said = []
+    for attempted in (twice, lambda: torch.func.jvp(loss, (hidden,), (hidden,))):
+        try:
+            attempted()
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("strategy", ["chunked", "streaming"])
+@pytest.mark.parametrize("rows", ["replicated", "sharded"])
+def test_second_order(ranks, strategy, rows):
+    """Would catch a derivative of this rank's part of the vocabulary alone, or a hang of the others."""
+    for second, forward in ranks(2).run(differentiated_twice, strategy, rows):
+        assert second.startswith("tightrope: got a derivative of a gradient, or forward mode, with vocab_p")
+        assert forward.startswith("tightrope: got vocab_parallel inside a transform of torch.func")
+
+
 def constructed(rank: int) -> list[str]:
     said = []
     group = dist.group.WORLD

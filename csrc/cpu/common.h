@@ -42,6 +42,19 @@ struct Transform {
   Vec pull_back(Vec grad, Vec z) const {
     return to_raw_gradient<Vec>(grad, z, Vec(logit_scale), softcap != T(0), Vec(inverse_cap()));
   }
+
+  // The direction of logits z, from that of raw values; impossible entries do not move.
+  Vec push_forward(Vec moved, Vec z) const {
+    const Vec out =
+        to_logit_tangent<Vec>(moved, z, Vec(logit_scale), softcap != T(0), Vec(inverse_cap()));
+    return Vec::blendv(out, Vec(T(0)), z == Vec(-std::numeric_limits<T>::infinity()));
+  }
+
+  // The derivative of pull_back.
+  Vec pull_back_tangent(Vec grad, Vec grad_tangent, Vec z, Vec moved) const {
+    return to_raw_gradient_tangent<Vec>(
+        grad, grad_tangent, z, moved, Vec(logit_scale), softcap != T(0), Vec(inverse_cap()));
+  }
 };
 
 // The part of the targets that meets columns [offset, offset + cols); one of three kinds, or none.

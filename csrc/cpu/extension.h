@@ -16,6 +16,8 @@
 
 #include "columns.h"
 #include "rows.h"
+#include "tangent_columns.h"
+#include "tangent_rows.h"
 
 namespace tightrope::cpu {
 inline namespace CPU_CAPABILITY {
@@ -183,6 +185,94 @@ void row_grad_op(
       });
 }
 
+// Whether the columns of all that a kernel of second order goes over are contiguous. Their strides
+// differ, but not in what is contiguous.
+inline bool is_transposed(const Tensor& logits, at::ArrayRef<Tensor> others) {
+  bool entries = has_adjacent_entries(logits);
+  for (const Tensor& other : others) {
+    TORCH_CHECK_VALUE(
+        other.sizes() == logits.sizes() && other.scalar_type() == logits.scalar_type(),
+        "tangents and outputs are [", other.sizes(), "] ", other.scalar_type(),
+        ", expected those of the logits, ", logits.sizes(), " ", logits.scalar_type());
+    entries = entries && has_adjacent_entries(other);
+  }
+  if (entries) return false;
+  bool rows = has_adjacent_rows(logits);
+  for (const Tensor& other : others) rows = rows && has_adjacent_rows(other);
+  TORCH_CHECK_VALUE(rows, "logits, tangents and outputs have no dimension that is adjacent in all");
+  return true;
+}
+
+void row_tangent_op(
+    const Tensor& logits, const Tensor& tangent, Tensor& sums, const Tensor& norm, int64_t offset,
+    const OptionalTensor& threshold, const OptionalTensor& classes, const OptionalTensor& index,
+    const OptionalTensor& dense, const OptionalTensor& topk_index, const OptionalTensor& topk_prob,
+    const OptionalTensor& bias, const OptionalTensor& active, double logit_scale,
+    std::optional<double> softcap) {
+  const bool transposed = is_transposed(logits, {tangent});
+  const int64_t rows = logits.size(0), cols = logits.size(1);
+  check_active(active, rows);
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, logits.scalar_type(), "tightrope::row_tangent", [&] {
+        using T = at::opmath_type<scalar_t>;
+        constexpr auto type = c10::CppTypeToScalarType<T>::value;
+        const Sets<T> sets = make_sets<T>(rows, threshold, classes);
+        const int64_t forms = sets.any() ? 2 : 1;
+        check(norm, "norm", {2 * forms, rows}, type);
+        check(sums, "sums", {kTangentSums * forms, rows}, type);
+        const auto kernel = transposed ? column_tangent<scalar_t, T> : row_tangent<scalar_t, T>;
+        kernel(
+            logits.const_data_ptr<scalar_t>(), logits.stride(transposed ? 1 : 0),
+            tangent.const_data_ptr<scalar_t>(), tangent.stride(transposed ? 1 : 0), rows, cols,
+            offset, make_transform<T>(cols, bias, logit_scale, softcap),
+            make_targets<T>(rows, cols, index, dense, topk_index, topk_prob), sets,
+            pointer<bool>(active), norm.const_data_ptr<T>(), sums.data_ptr<T>());
+      });
+}
+
+void row_grad_tangent_op(
+    const Tensor& logits, const Tensor& tangent, const OptionalTensor& out, Tensor& out_tangent,
+    const Tensor& norm, const Tensor& norm_tangent, const Tensor& coef, const Tensor& coef_tangent,
+    int64_t offset, const OptionalTensor& threshold, const OptionalTensor& classes,
+    const OptionalTensor& index, const OptionalTensor& dense, const OptionalTensor& topk_index,
+    const OptionalTensor& topk_prob, const OptionalTensor& bias, const OptionalTensor& active,
+    double logit_scale, std::optional<double> softcap) {
+  const bool transposed =
+      is_transposed(logits, {tangent, out_tangent, out.has_value() ? *out : out_tangent});
+  const int64_t rows = logits.size(0), cols = logits.size(1);
+  const auto stride = [&](const Tensor& t) { return t.stride(transposed ? 1 : 0); };
+  check_active(active, rows);
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, logits.scalar_type(), "tightrope::row_grad_tangent", [&] {
+        using T = at::opmath_type<scalar_t>;
+        constexpr auto type = c10::CppTypeToScalarType<T>::value;
+        const Sets<T> sets = make_sets<T>(rows, threshold, classes);
+        const int64_t forms = sets.any() ? 2 : 1;
+        check(norm, "norm", {2 * forms, rows}, type);
+        check(norm_tangent, "norm_tangent", {forms, rows}, type);
+        check(coef, "coef", {kCoefficients * forms, rows}, type);
+        check(coef_tangent, "coef_tangent", {kCoefficients * forms, rows}, type);
+        const auto run = [&](auto kernel) {
+          kernel(
+              logits.const_data_ptr<scalar_t>(), stride(logits), tangent.const_data_ptr<scalar_t>(),
+              stride(tangent), out.has_value() ? out->data_ptr<scalar_t>() : nullptr,
+              out.has_value() ? stride(*out) : 0, out_tangent.data_ptr<scalar_t>(),
+              stride(out_tangent), rows, cols, offset,
+              make_transform<T>(cols, bias, logit_scale, softcap),
+              make_targets<T>(rows, cols, index, dense, topk_index, topk_prob), sets,
+              pointer<bool>(active), norm.const_data_ptr<T>(), norm_tangent.const_data_ptr<T>(),
+              coef.const_data_ptr<T>(), coef_tangent.const_data_ptr<T>());
+        };
+        if (threshold.has_value()) {
+          run(transposed ? column_grad_tangent<true, scalar_t, T>
+                         : row_grad_tangent<true, scalar_t, T>);
+        } else {
+          run(transposed ? column_grad_tangent<false, scalar_t, T>
+                         : row_grad_tangent<false, scalar_t, T>);
+        }
+      });
+}
+
 }  // namespace CPU_CAPABILITY
 }  // namespace tightrope::cpu
 
@@ -193,6 +283,8 @@ TORCH_LIBRARY_IMPL(tightrope, CPU, m) {
   m.impl("row_stats", TORCH_FN(tightrope::cpu::row_stats_op));
   m.impl("row_sides", TORCH_FN(tightrope::cpu::row_sides_op));
   m.impl("row_grad", TORCH_FN(tightrope::cpu::row_grad_op));
+  m.impl("row_tangent", TORCH_FN(tightrope::cpu::row_tangent_op));
+  m.impl("row_grad_tangent", TORCH_FN(tightrope::cpu::row_grad_tangent_op));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

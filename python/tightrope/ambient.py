@@ -32,23 +32,13 @@ def may_read(values: Tensor) -> bool:
     return has_values(values) and (values.device.type == "cpu" or os.environ.get("TIGHTROPE_DEBUG") == "1")
 
 
-def refuse_transforms(*tensors: Tensor | None) -> None:
-    """Raise RuntimeError where more than first-order gradients by backward are asked for.
-
-    That is inside torch.func's transforms, and where a tensor carries a tangent of forward mode.
-    """
+def transformed() -> bool:
+    """Whether a transform of torch.func, or forward mode, is on."""
     if torch.compiler.is_compiling():
-        return
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "tightrope: torch.func transforms (grad, vjp, jvp, vmap, jacrev, hessian) are not supported; use "
-            "torch.autograd.grad, with is_grads_batched=True for several upstream gradients, and in place of "
-            'vmap a batch dimension of the input, with reduction="none" for a loss per sample'
-        )
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
-        raise RuntimeError(
-            "tightrope: forward-mode differentiation is not supported; use backward, or F.cross_entropy of "
-            "logits for that part of a loss"
-        )
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def differentiable() -> bool:
+    """Whether what a backward gives must be differentiable itself."""
+    return transformed() or (torch.is_grad_enabled() and not torch.compiler.is_compiling())

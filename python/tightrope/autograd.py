@@ -7,79 +7,26 @@ of the statistics arrive. The losses between statistics and result are plain PyT
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .ambient import has_values, may_read
+from .ambient import differentiable, has_values, may_read, transformed
 from .arguments import Arguments, LinearArguments, LogitsArguments
 from .coefficients import row_coefficients
+from .derivatives import VocabStats, pulled_back
 from .distributed.collectives import same_on_ranks
+from .loss_gradient import LossGradient, Recipe, Sources, gradients_by_statistics
 from .losses import RealityCreativity
-from .statistics import FLOATING, RowStats, StatGrads, row_stats
-from .strategies import ops, own
+from .statistics import RowStats
+from .strategies import ops, own, row_losses, soft, soft_ops
 from .strategies.chunked import Needs
-
-_FIRST_ORDER = (
-    "tightrope: got a derivative of a gradient (a gradient penalty, a Hessian-vector product, any use of "
-    "what create_graph=True gave), expected gradients of first order only; for that part of a loss take "
-    "F.cross_entropy of logits"
-)
-
-
-class _FirstOrder(Function):
-    """(count, *gradients, *sources) -> the gradients, whose own derivative by the sources is an error."""
-
-    @staticmethod
-    def forward(ctx, count, *tensors):
-        ctx.mark_dirty(*tensors[:count])  # no copy, and no view, which nobody could add to in place
-        return tensors[:count]
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(_FIRST_ORDER)
-
-
-def first_order(backward: Callable) -> Callable:
-    """A backward whose gradients cannot be differentiated, and say so, whatever else the graph holds.
-
-    torch's once_differentiable raises only where the upstream gradient requires grad: a penalty on a gradient
-    that is added to another loss would silently be lost. The sources are the saved tensors that require grad.
-    """
-
-    @functools.wraps(backward)
-    def wrapped(ctx, *upstream):
-        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        with torch.no_grad():
-            result = backward(ctx, *upstream)
-        if not create_graph:
-            return result
-        sources = [t for t in (*ctx.saved_tensors, *upstream) if t is not None and t.requires_grad]
-        places = [i for i, gradient in enumerate(result) if gradient is not None]
-        marked = _FirstOrder.apply(len(places), *(result[i] for i in places), *sources)
-        out = list(result)
-        for i, gradient in zip(places, marked):
-            out[i] = gradient
-        return tuple(out)
-
-    return wrapped
-
-
-def _stat_grads(grads: tuple[Tensor | None, ...]) -> StatGrads:
-    named = dict(zip(RowStats._fields, grads))
-    return StatGrads(**{name: named[name] for name in FLOATING if name in named})
+from .targets import Target
+from .theta import mass_needed, of_arguments, statistics, upstream_of
 
 
 def _wanted(gradients, needed) -> tuple[Tensor | None, ...]:
     return tuple(g if need else None for g, need in zip(gradients, needed))
-
-
-def _statistics(summary: Tensor, argmax: Tensor) -> tuple[Tensor, ...]:
-    """The fields of RowStats, as many as there are."""
-    return tuple(s for s in row_stats(summary, argmax) if s is not None)
 
 
 def _temperature_needed(ctx, after: int, group: type[Arguments]) -> bool:
@@ -106,18 +53,25 @@ class LinearVocabStats(Function):
         ctx.others = arguments.others()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(argmax)
-        return _statistics(summary, argmax)
+        return statistics(summary, argmax)
 
     @staticmethod
-    @first_order
     def backward(ctx, *grads):
         summary, input, weight, bias, *tensors = ctx.saved_tensors
         arguments = LinearArguments.join(tensors, ctx.others)
-        coef = row_coefficients(summary, _stat_grads(grads), arguments.vocab_size(weight.shape[0]))
         needed = (*ctx.needs_input_grad[:3], _temperature_needed(ctx, 3, LinearArguments))
-        gradients = ops.linear_stats_backward(summary, coef, Needs(*needed), input, weight, bias, arguments)
-        *to_head, to_temperature = _wanted(gradients, needed)
-        return *to_head, *_of_group(to_temperature, LinearArguments)
+        mass, upstream = mass_needed(ctx, 3, arguments), upstream_of(grads)
+        if differentiable():
+            values = (input, weight, bias)
+            return pulled_back(ctx.needs_input_grad, mass, summary, upstream, values, arguments)
+        coef = row_coefficients(summary, upstream, arguments.vocab_size(weight.shape[0]))
+        values, gradients = (input, weight, bias, arguments), (None,) * 4
+        if any(needed):
+            gradients = _wanted(ops.linear_stats_backward(summary, coef, Needs(*needed), *values), needed)
+        to_mass = None
+        if mass:
+            to_mass = soft_ops.linear_target_grad(summary, soft.slopes(upstream, summary), *values)
+        return of_arguments(gradients, arguments, to_mass)
 
 
 class LogitsVocabStats(Function):
@@ -131,18 +85,45 @@ class LogitsVocabStats(Function):
         ctx.others = arguments.others()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(argmax)
-        return _statistics(summary, argmax)
+        return statistics(summary, argmax)
 
     @staticmethod
-    @first_order
     def backward(ctx, *grads):
         summary, logits, *tensors = ctx.saved_tensors
         arguments = LogitsArguments.join(tensors, ctx.others)
-        coef = row_coefficients(summary, _stat_grads(grads), arguments.vocab_size(logits.shape[1]))
         needed = (ctx.needs_input_grad[0], _temperature_needed(ctx, 1, LogitsArguments))
-        gradients = ops.logits_stats_backward(summary, coef, needed[1], logits, arguments)
-        to_logits, to_temperature = _wanted(gradients, needed)
-        return to_logits, *_of_group(to_temperature, LogitsArguments)
+        mass, upstream = mass_needed(ctx, 1, arguments), upstream_of(grads)
+        if differentiable():
+            flags = (needed[0], False, False, *ctx.needs_input_grad[1:])
+            values = (logits, None, None)
+            to_logits, _, _, *rest = pulled_back(flags, mass, summary, upstream, values, arguments)
+            return to_logits, *rest
+        coef = row_coefficients(summary, upstream, arguments.vocab_size(logits.shape[1]))
+        to_logits = to_temperature = to_mass = None
+        if any(needed):
+            gradients = ops.logits_stats_backward(summary, coef, needed[1], logits, arguments)
+            to_logits, to_temperature = _wanted(gradients, needed)
+        if mass:
+            slopes = soft.slopes(upstream, summary)
+            to_mass = soft_ops.logits_target_grad(summary, slopes, logits, arguments)
+        _, _, _, *rest = of_arguments((None, None, None, to_temperature), arguments, to_mass)
+        return to_logits, *rest
+
+
+def linear_row_stats(
+    input: Tensor, weight: Tensor, bias: Tensor | None, arguments: LinearArguments
+) -> RowStats:
+    """The statistics of each row [N] of hidden states under a head, in whatever way is differentiated."""
+    if transformed():
+        return RowStats(*VocabStats.apply(input, weight, bias, *arguments.flat())[:-1])
+    return RowStats(*LinearVocabStats.apply(input, weight, bias, *arguments.flat()))
+
+
+def logits_row_stats(logits: Tensor, arguments: LogitsArguments) -> RowStats:
+    """The same of logits."""
+    if transformed():
+        return RowStats(*VocabStats.apply(logits, None, None, *arguments.flat())[:-1])
+    return RowStats(*LogitsVocabStats.apply(logits, *arguments.flat()))
 
 
 class ChunkedLoss(Function):
@@ -156,32 +137,20 @@ class ChunkedLoss(Function):
     def forward(ctx, row_scale, balance, target_square, family, input, weight, bias, *flat):
         arguments = LinearArguments(*flat)
         needed = (*ctx.needs_input_grad[4:7], _temperature_needed(ctx, 7, LinearArguments))
+        family = RealityCreativity(*family)
         row_loss, summary, argmax, *gradients, to_balance = ops.linear_loss(
-            row_scale,
-            balance,
-            target_square,
-            RealityCreativity(*family),
-            Needs(*needed),
-            input,
-            weight,
-            bias,
-            arguments,
+            row_scale, balance, target_square, family, Needs(*needed), input, weight, bias, arguments
         )
         sources = (row_scale, balance, input, weight, bias, arguments.temperature)
-        ctx.save_for_backward(row_loss, to_balance, *_wanted(gradients, needed), *sources)
-        ctx.dtypes = [None if t is None else t.dtype for t in sources]
-        ctx.shared_by = arguments.group if arguments.sharded else None
-        ctx.mark_non_differentiable(summary, argmax)
+        known = (row_loss, to_balance, *_wanted(gradients, needed))
+        _save(ctx, row_losses.BuiltIn(family), (target_square,), arguments, known, sources, (summary, argmax))
         return (row_scale * row_loss).sum(), summary, argmax
 
     @staticmethod
-    @first_order
     def backward(ctx, upstream, *_):
         needs = ctx.needs_input_grad
         needed = (*needs[:2], *needs[4:7], _temperature_needed(ctx, 7, LinearArguments))
-        if ctx.shared_by is not None:
-            upstream = same_on_ranks(upstream, ctx.shared_by)
-        scaled = _scale(_wanted(ctx.saved_tensors, needed), ctx.dtypes, upstream)
+        scaled = _gradients(ctx, needed, upstream)
         return *scaled[:2], None, None, *scaled[2:5], *_of_group(scaled[5], LinearArguments)
 
 
@@ -200,36 +169,63 @@ class OwnChunkedLoss(Function):
         )
         # Without a single row that counts, loss_fn was never called.
         to_args = record.args or tuple(torch.zeros_like(a) for a in row_args)
-        sources = (row_scale, input, weight, bias, temperature, *row_args)
-        ctx.save_for_backward(record.row_loss, *gradients.flat(), *to_args, *sources)
-        ctx.dtypes = [None if t is None else t.dtype for t in sources]
-        ctx.shared_by = arguments.group if arguments.sharded else None
-        ctx.mark_non_differentiable(record.summary, record.argmax)
+        sources = (row_scale, *row_args, input, weight, bias, temperature)
+        known = (record.row_loss, *to_args, *gradients.flat())
+        loss = row_losses.Own(loss_fn, arguments.part(Target).is_given)
+        _save(ctx, loss, (), arguments, known, sources, (record.summary, record.argmax))
         return (row_scale * record.row_loss).sum(), record.summary, record.argmax
 
     @staticmethod
-    @first_order
     def backward(ctx, upstream, *_):
         needs = ctx.needs_input_grad
-        needed = (*needs[1:6], *needs[7:])
-        if ctx.shared_by is not None:
-            upstream = same_on_ranks(upstream, ctx.shared_by)
-        scaled = _scale(_wanted(ctx.saved_tensors, needed), ctx.dtypes, upstream)
-        return None, *scaled[:5], None, *scaled[5:]
+        to_scale, *rest = _gradients(ctx, (needs[1], *needs[7:], *needs[2:6]), upstream)
+        to_args, theta = rest[:-4], rest[-4:]
+        return None, to_scale, *theta, None, *to_args
 
 
-def _scale(gradients, dtypes, upstream: Tensor) -> list[Tensor | None]:
+def _save(ctx, loss, constants, arguments: LinearArguments, gradients, sources, statistics) -> None:
+    """What the backward of a chunked loss takes. gradients, sources: in the order of `Sources`.
+
+    statistics: summary and argmax. loss, constants: as in `Recipe`.
+    """
+    ctx.save_for_backward(*gradients, *sources, *statistics)
+    ctx.dtypes = [None if t is None else t.dtype for t in sources]
+    ctx.shared_by = arguments.group if arguments.sharded else None
+    if not torch.compiler.is_compiling():
+        ctx.recipe = Recipe(loss, constants, arguments, linear_row_stats)
+    ctx.mark_non_differentiable(*statistics)
+
+
+def _gradients(ctx, needed: tuple[bool, ...], upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of a chunked loss, of those of its sources that are needed; with a graph if asked for."""
+    if ctx.shared_by is not None:
+        upstream = same_on_ranks(upstream, ctx.shared_by)
+    *saved, summary, argmax = ctx.saved_tensors
+    known, sources = _wanted(saved, needed), saved[len(needed) :]
+    if torch.compiler.is_compiling():
+        return _scale(known, ctx.dtypes, upstream, kept=True)
+    if torch.is_grad_enabled():
+        ctx.recipe.check_unchanged()
+        if transformed() or not has_values(upstream):
+            return gradients_by_statistics(ctx.recipe, upstream, Sources.of(sources), needed)[0]
+        return LossGradient.apply(ctx.recipe, upstream, summary, argmax, *known, *sources)
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+    if not kept:
+        ctx.recipe = None  # who keeps the loss keeps no target with it
+    return _scale(known, ctx.dtypes, upstream, kept)
+
+
+def _scale(gradients, dtypes, upstream: Tensor, kept: bool) -> tuple[Tensor | None, ...]:
     """Each gradient times the upstream one, then rounded to its tensor's dtype: once.
 
-    The saved gradients are scaled in place only where nobody can see them again, that is where the graph
-    is freed after this backward. A second backward through a kept graph so gets the right answer, and an
-    ordinary one holds no second gradient of the head.
+    kept: the graph is kept after this backward. The saved gradients are scaled in place only where nobody can
+    see them again. A second backward through a kept graph so gets the right answer, and an ordinary one holds
+    no second gradient of the head.
     """
-    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    if not has_values(upstream) or kept():
+    if kept or not has_values(upstream) or transformed():
         scaled = [None if g is None else g * upstream for g in gradients]
     elif may_read(upstream) and upstream.item() == 1.0:
         scaled = gradients
     else:
         scaled = [None if g is None else g.mul_(upstream) for g in gradients]
-    return [None if g is None else g.to(t) for g, t in zip(scaled, dtypes)]
+    return tuple(None if g is None else g.to(t) for g, t in zip(scaled, dtypes))

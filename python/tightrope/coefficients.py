@@ -96,6 +96,62 @@ def _of_side(whole: RowCoefficients, s: dict[str, Tensor], grads: StatGrads, sid
     )
 
 
+def coefficient_tangent(summary: Tensor, tangent: Tensor, grads: StatGrads) -> Tensor:
+    """The derivative of `row_coefficients` along that of the summary, laid out as these; grads are fixed.
+
+    Of whole rows only one coefficient has statistics in it.
+    """
+    s, d = named(summary), named(tangent)
+    prob = zero = torch.zeros_like(s["max"])
+    if grads.entropy is not None:
+        prob = prob - grads.entropy * d["entropy"]
+    if grads.collision is not None:
+        prob = prob - 2 * grads.collision * d["collision"]
+    if grads.target_prob is not None:
+        prob = prob - grads.target_prob * d["target_prob"]
+    moved = RowCoefficients(*(zero,) * 7)._replace(prob=prob)
+    if len(summary) == len(SUMMARY):
+        return torch.stack(moved)
+    whole = RowCoefficients(*row_coefficients(summary[: len(SUMMARY)], grads, 1))
+    return torch.stack(
+        [*_side_tangent(whole, moved, s, d, grads, "rest"), *_side_tangent(whole, moved, s, d, grads, "set")]
+    )
+
+
+def _side_tangent(
+    whole: RowCoefficients,
+    moved: RowCoefficients,
+    s: dict[str, Tensor],
+    d: dict[str, Tensor],
+    grads: StatGrads,
+    side: str,
+) -> RowCoefficients:
+    """The derivative of `_of_side`. s, d: the statistics and theirs; moved: that of `whole`."""
+    own, across = ("support", "rest") if side == "set" else ("rest", "support")
+    log_mass, to_log_mass = s[f"{own}_log_mass"], getattr(grads, f"{own}_log_mass")
+    to_log_other = getattr(grads, f"{across}_log_mass")
+    mass, other = log_mass.exp(), s[f"{across}_log_mass"].exp()
+    mass_moved = mass * d[f"{own}_log_mass"]
+    log_mass = log_mass.masked_fill(log_mass == -torch.inf, 0.0)
+    prob = mass_moved * (whole.prob + whole.prob_log_prob * log_mass)
+    prob = prob + mass * (moved.prob + whole.prob_log_prob * d[f"{own}_log_mass"])
+    prob_log_prob = mass_moved * whole.prob_log_prob
+    # Both masses rest where a side is empty.
+    both = (mass != 0) & (other != 0)
+    if to_log_mass is not None:
+        prob = prob + torch.where(both, to_log_mass * other * d[f"{across}_log_mass"], 0.0)
+    if to_log_other is not None:
+        prob = prob - torch.where(both, to_log_other * mass_moved, 0.0)
+    if side == "set" and grads.support_entropy is not None:
+        prob = prob - grads.support_entropy * d["support_entropy"]
+    return moved._replace(
+        prob=prob,
+        prob_log_prob=prob_log_prob,
+        prob_square=2 * mass * mass_moved * whole.prob_square,
+        target_prob=mass_moved * whole.target_prob,
+    )
+
+
 class RowUpstream(NamedTuple):
     """Upstream gradients of the statistics where they must be known before the statistics are, [rows] each.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import tokens as _tokens
 from . import validation
-from .autograd import ChunkedLoss, LinearVocabStats, OwnChunkedLoss
+from .autograd import ChunkedLoss, OwnChunkedLoss, linear_row_stats
 from .distributed.joint import joint
 from .distributed.layout import VocabParallel
 from .prepare import (
@@ -141,7 +141,7 @@ def linear_reality_creativity_loss(
             the tokens.
         weight: vocabulary head ``(V, D)``. Its dtype may differ from that of ``input``, as under autocast.
         target: class indices ``(...)`` of any integer dtype, a distribution ``(..., V)`` of any floating
-            dtype, or a :class:`TopKTarget`. Distributions need not sum to one.
+            dtype, or a :class:`TopKTarget`. Distributions need not sum to one, and may require grad.
         bias: ``(V)``, or None.
         balance: a number in [0, 1], or a tensor that broadcasts to the tokens. It may require grad.
         ignore_index: tokens of this class cost nothing, count nowhere and get zero gradients. Not for
@@ -177,7 +177,8 @@ def linear_reality_creativity_loss(
             device.
         strategy: ``"chunked"`` (three GEMMs; gradients are made in the forward pass), ``"streaming"`` (four,
             and memory for one tile of logits), or None: chunked where the workspace holds chunks of good
-            size. Without gradients, or with ``reduction="none"``, it is streaming.
+            size. Without gradients, with ``reduction="none"``, a target that requires grad, and inside of
+            torch.func's transforms and forward mode, it is streaming.
         vocab_parallel: :class:`VocabParallel` where the ranks of a process group hold the vocabulary
             together; ``weight``, ``bias`` and a dense target are then this rank's part of them. An error of
             any rank, and arguments that differ where they must not, are raised on all of them. A weight that
@@ -190,7 +191,8 @@ def linear_reality_creativity_loss(
 
     Raises:
         TypeError, ValueError: an argument is not as above.
-        RuntimeError: inside a transform of torch.func; and where its gradients are differentiated again.
+        RuntimeError: where a derivative of third order is asked for, or forward mode of forward mode; or of
+            second order with vocab_parallel, or by a target's probabilities.
         IndexError: a class outside [0, V) that is not ignore_index. On a GPU that is not looked at (the loss
             of such a token is NaN) unless TIGHTROPE_DEBUG=1.
     """
@@ -246,7 +248,7 @@ def linear_reality_creativity_loss(
         )
         stats = row_stats(summary, argmax) if return_stats else None
     else:
-        stats = RowStats(*LinearVocabStats.apply(hidden, weight, bias, *arguments.flat()))
+        stats = linear_row_stats(hidden, weight, bias, arguments)
         loss = rows.reduce(family(stats, balances, square))
     return (loss, rows.shaped(stats)) if return_stats else loss
 
@@ -301,8 +303,8 @@ def linear_vocab_stats(
         scores, flat, skip_ignored=skip_ignored, workspace_mb=workspace_mb, backend=backend
     )
     arguments = settled(arguments, space, **head_of(input, weight, bias))
-    stats = LinearVocabStats.apply(space.rows(), weight, bias, *arguments.flat())
-    return _tokens.unflatten(RowStats(*stats), space.tokens, target is not None)
+    stats = linear_row_stats(space.rows(), weight, bias, arguments)
+    return _tokens.unflatten(stats, space.tokens, target is not None)
 
 
 @overload
@@ -434,6 +436,6 @@ def linear_vocab_loss(
         )
         stats = row_stats(summary, argmax) if return_stats else None
     else:
-        stats = RowStats(*LinearVocabStats.apply(hidden, weight, bias, *arguments.flat()))
+        stats = linear_row_stats(hidden, weight, bias, arguments)
         loss = rows.reduce(evaluate(loss_fn, stats, args, target is not None))
     return (loss, rows.shaped(stats, target is not None)) if return_stats else loss

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import tokens as _tokens
 from . import validation
 from .arguments import LogitsArguments
-from .autograd import LogitsVocabStats
+from .autograd import logits_row_stats
 from .distributed.joint import joint
 from .distributed.layout import VocabParallel
 from .prepare import Scores, Space, rows_of, settled, target_square, terms_of, weighted_rows
@@ -281,4 +281,4 @@ def _statistics(scores: Scores, target: TokenTarget, backend: str | None, **alik
     validation.run_options(backend)
     arguments = LogitsArguments(**scores.arguments(target), backend=backend)
     arguments = settled(arguments, scores.space, **alike)
-    return RowStats(*LogitsVocabStats.apply(scores.space.rows(), *arguments.flat()))
+    return logits_row_stats(scores.space.rows(), arguments)

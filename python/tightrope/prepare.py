@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import tokens as _tokens
 from . import validation
-from .ambient import has_values, may_read, refuse_transforms
+from .ambient import has_values, may_read, transformed
 from .arguments import LinearArguments, LogitsArguments, SetArguments, TokenTarget, Transform
 from .distributed.layout import Agreement
 from .losses import RealityCreativity, warn_beyond_cliff
@@ -46,7 +46,7 @@ class Space:
         cls, input: Tensor, weight: Tensor, bias: Tensor | None, ranks: Agreement | None = None
     ) -> Space:
         validation.head(input, weight, bias, least=0 if ranks else 1)
-        refuse_transforms(input, weight, bias)
+        _refuse_transforms(ranks)
         dtype, here = arithmetic_dtype(input, weight, bias), weight.shape[0]
         vocab_size = here if ranks is None else ranks.layout(weight)
         return cls("input", input, input.shape[:-1], vocab_size, here, dtype, ranks)
@@ -54,7 +54,7 @@ class Space:
     @classmethod
     def of_logits(cls, logits: Tensor, ranks: Agreement | None = None) -> Space:
         validation.logits(logits, least=0 if ranks else 1)
-        refuse_transforms(logits)
+        _refuse_transforms(ranks)
         here = logits.shape[-1]
         if ranks is not None and ranks.sharded:
             raise ValueError(
@@ -73,6 +73,15 @@ class Space:
         """The owner's values as [N, D] or [N, V]."""
         return self.like.reshape(math.prod(self.tokens), self.like.shape[-1])
 
+    def _refuse_learned(self, target: Tensor | TopKTarget) -> None:
+        """Raise ValueError where ranks share the vocabulary and a target requires grad."""
+        masses = target.probs if isinstance(target, TopKTarget) else target
+        if self.ranks is not None and masses.requires_grad:
+            raise ValueError(
+                "target: got one that requires grad with vocab_parallel, expected one that does not where "
+                "ranks hold the vocabulary together"
+            )
+
     def target(
         self, target: Tensor | TopKTarget | None, ignore_index: int, shift: int, required: bool = False
     ) -> TokenTarget:
@@ -82,6 +91,7 @@ class Space:
             whole = self.ranks is not None and self.ranks.sharded
             width = self.vocab_size if whole else self.here
             validation.target(target, self.tokens, width, self.device, self.owner)
+            self._refuse_learned(target)
         ignore_index = validation.ignore_index(ignore_index, target)
         shift = validation.shift(shift, self.tokens)
         if shift and self.ranks is not None and self.ranks.cuts_sequences:
@@ -90,6 +100,15 @@ class Space:
                 "last token may be on another; shift the targets before they are cut"
             )
         return _tokens.flatten_target(target, self.tokens, ignore_index, shift, self.device)
+
+
+def _refuse_transforms(ranks: Agreement | None) -> None:
+    """Raise RuntimeError inside a transform of torch.func, or forward mode, where ranks work together."""
+    if ranks is not None and transformed():
+        raise RuntimeError(
+            "tightrope: got vocab_parallel inside a transform of torch.func or forward mode, expected "
+            "gradients by backward where ranks hold the vocabulary together"
+        )
 
 
 @dataclass(frozen=True)
@@ -337,10 +356,15 @@ def head_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, obj
 def choose_strategy(
     arguments: LinearArguments, space: Space, strategy: str | None, reduction: str, *head: Tensor | None
 ) -> str:
-    """Chunked needs the upstream gradient to be one number, and the gradient of a leaf to be wanted."""
+    """Chunked needs the upstream gradient to be one number, and the gradient of a leaf to be wanted.
+
+    Its gradients are numbers, so inside of a transform, which differentiates them, it is not; nor where a
+    target is learned, whose gradient it does not make.
+    """
     leaves = (*head, arguments.temperature)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-    if reduction == "none" or not wanted:
+    learned = any(t is not None and t.requires_grad for t in (arguments.dense, arguments.topk_prob))
+    if reduction == "none" or not wanted or learned or transformed():
         return "streaming"
     rows, width = math.prod(space.tokens), space.vocab_size
     if space.ranks is not None:

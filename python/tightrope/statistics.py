@@ -243,6 +243,88 @@ def summarise(partial: Tensor, *, target_must_occur: bool = False) -> Tensor:
     )
 
 
+class RowSums(NamedTuple):
+    """What the derivatives of a row's statistics along a direction zdot of its logits are made of, [R] each.
+
+    The order is that of the `sums` tensors, [7, R]. With a set, [14, R]: of the rest, then of the set, where
+    p is the probability within the side.
+    """
+
+    prob: Tensor  #: sum p zdot
+    prob_log_prob: Tensor  #: sum p log p zdot
+    prob_square: Tensor  #: sum p^2 zdot
+    target: Tensor  #: sum b zdot
+    target_prob: Tensor  #: sum b p zdot
+    constant: Tensor  #: sum zdot
+    logit: Tensor  #: sum z zdot
+
+
+def empty_sums(rows: int, with_set: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Sums of nothing seen yet, [7 or 14, rows]."""
+    count = len(RowSums._fields) * (2 if with_set else 1)
+    return torch.zeros(count, rows, dtype=dtype, device=device)
+
+
+def summarise_tangent(sums: Tensor, summary: Tensor, vocab_size: int) -> Tensor:
+    """The derivative of a summary [SUMMARY, R], with SIDE_SUMMARY more rows or without, by whole rows' sums.
+
+    A maximum counts as fixed: that of lse stands in the place of the log of the sum.
+    """
+    s, with_set = named(summary), len(summary) > len(SUMMARY)
+    if with_set:
+        rest, inside = (RowSums(*side) for side in sums.view(2, len(RowSums._fields), -1))
+        whole = _joined_sums(rest, inside, s["rest_log_mass"], s["support_log_mass"])
+    else:
+        whole = RowSums(*sums)
+    lse, zero = whole.prob, torch.zeros_like(whole.prob)
+    rows = {
+        "log_sum": lse,
+        "entropy": -(whole.prob_log_prob + s["entropy"] * lse),
+        "collision": 2.0 * (whole.prob_square - s["collision"] * lse),
+        "target_logit": whole.target,
+        "target_prob": whole.target_prob - s["target_prob"] * lse,
+        "target_log_prob": whole.target - s["target_mass"] * lse,
+        "mean_log_prob": whole.constant / vocab_size - lse,
+        "logit_sum": whole.constant,
+        "logit_square_sum": 2.0 * whole.logit,
+    }
+    if with_set:
+        # An empty side has no entry that could move; what the other side's lse does is not to be seen then.
+        both = (s["rest_log_mass"] != -torch.inf) & (s["support_log_mass"] != -torch.inf)
+        apart = torch.where(both, inside.prob - rest.prob, 0.0)
+        rows |= {
+            "rest_log_sum": rest.prob,
+            "set_log_sum": inside.prob,
+            "support_log_mass": s["rest_log_mass"].exp() * apart,
+            "rest_log_mass": -s["support_log_mass"].exp() * apart,
+            "support_entropy": -(inside.prob_log_prob + s["support_entropy"] * inside.prob),
+        }
+    return torch.stack([rows.get(name, zero) for name in s])
+
+
+def _joined_sums(rest: RowSums, inside: RowSums, rest_log_mass: Tensor, set_log_mass: Tensor) -> RowSums:
+    """The sums of a whole row, of those of its sides, whose probabilities are within the side."""
+    parts = []
+    for sums, log_mass in ((rest, rest_log_mass), (inside, set_log_mass)):
+        mass, log_mass = log_mass.exp(), log_mass.masked_fill(log_mass == -torch.inf, 0.0)
+        parts.append(
+            sums._replace(
+                prob=mass * sums.prob,
+                prob_log_prob=mass * (sums.prob_log_prob + log_mass * sums.prob),
+                prob_square=mass * mass * sums.prob_square,
+                target_prob=mass * sums.target_prob,
+            )
+        )
+    return RowSums(*(a + b for a, b in zip(*parts)))
+
+
+def norm_tangent_rows(tangent: Tensor) -> Tensor:
+    """The derivative of what `norm_rows` gives, but for the maxima: [1, rows], or [2, rows] of the sides."""
+    if len(tangent) == len(SUMMARY):
+        return tangent[1:2]
+    return tangent[len(SUMMARY) :][1:4:2]
+
+
 def norm_rows(summary: Tensor) -> Tensor:
     """What the gradients of a row's logits need of its summary: [2, rows], or with a set [5, rows].
 

@@ -177,10 +177,6 @@ def target(value: object, tokens: torch.Size, vocab_size: int, device: torch.dev
             "a floating-point target is a distribution over V" if distribution else "one class index a token"
         )
         raise ValueError(f"target: got shape {list(value.shape)}, expected {list(shape)} ({kind})")
-    if value.requires_grad:
-        raise ValueError(
-            "target: got a tensor that requires grad, expected one that does not; use target.detach()"
-        )
     same_device(owner, device, target=value)
 
 
@@ -195,8 +191,6 @@ def _topk(value: TopKTarget, tokens: torch.Size, device: torch.device, owner: st
         raise ValueError(
             f"target.probs: got shape {list(probs.shape)}, expected {list(indices.shape)}, that of indices"
         )
-    if probs.requires_grad:
-        raise ValueError("target.probs: got a tensor that requires grad, expected one that does not")
     same_device(owner, device, **{"target.indices": indices, "target.probs": probs})
 
 

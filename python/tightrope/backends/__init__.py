@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from . import ops
+from . import ops, second
 
 _EXTENSIONS = {"DEFAULT": "_C_base", "AVX2": "_C_avx2", "AVX512": "_C_avx512"}
 
@@ -79,6 +79,9 @@ class Backend:
     row_grad: Callable[..., None]
     row_sides: Callable[..., None]
     row_loss_grad: Callable[..., None] = ops.row_loss_grad
+    # Of second order; their contract is at the top of ``second.py``.
+    row_tangent: Callable[..., None] = second.row_tangent
+    row_grad_tangent: Callable[..., None] = second.row_grad_tangent
     # (rows, vocab_size, sparse targets a row, dtype of logits, device) -> whether row_loss_grad beats the two
     # others for such whole rows, and may write a narrower gradient into the memory of the logits.
     fuses: Callable[..., bool] = lambda rows, vocab_size, sparse, dtype, device: False
@@ -133,6 +136,8 @@ BACKENDS = {
             torch.ops.tightrope.row_stats,
             torch.ops.tightrope.row_grad,
             torch.ops.tightrope.row_sides,
+            row_tangent=torch.ops.tightrope.row_tangent,
+            row_grad_tangent=torch.ops.tightrope.row_grad_tangent,
         ),
         # Its own row kernels, and Triton's streaming ones.
         Backend(

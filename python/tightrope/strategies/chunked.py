@@ -70,6 +70,11 @@ class Gradients(Arguments):
         to_temperature = torch.zeros(problem.rows.total, **like) if needs.temperature_grad else None
         return cls(to_input, to_weight, to_bias, to_temperature)
 
+    def rounded(self, problem: LinearProblem) -> Gradients:
+        """In the dtypes of the tensors that they are of."""
+        sources = (problem.input, problem.weight, problem.bias, problem.temperature)
+        return Gradients(*(None if s is None else s.to(t.dtype) for s, t in zip(self.flat(), sources)))
+
 
 def side_by_side(hidden_grad: Tensor | None, to_rows: Tensor | None) -> Tensor | None:
     """Gradients of hidden states [m, D] and of temperatures [m], of those that are wanted, as one to send."""

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from ..ambient import has_values
 from ..support import RowSets
-from . import ops
+from . import (
+    ops,
+    soft_ops,  # noqa: F401
+    tangent_ops,  # noqa: F401  (registers operators)
+    tangents,
+)
 
 
 def _products(rows: int, weight: Tensor, count: int) -> int:
@@ -52,12 +57,39 @@ def _chunk_gradients(
     return _products(span.stop - span.start, weight, (to_input is not None) + (to_weight is not None))
 
 
+def _moved(direction) -> int:
+    """Products that the direction of a tile of logits takes."""
+    return (direction.input_tangent is not None) + (direction.weight_tangent is not None)
+
+
+def _linear_tangent(summary, direction, input, weight, bias, arguments):
+    return _products(_counted(input, arguments), weight, 1 + _moved(direction))
+
+
+def _linear_curvature(
+    summary, grads, named, grads_tangent, named_tangent, direction, needs, input, weight, bias, arguments
+):
+    rows, moves_head = _counted(input, arguments), direction.weight_tangent is not None
+    held = tangents.holds_chunks(rows, weight.shape[0], summary.dtype, arguments.workspace, input.device)
+    count = (1 if held else 2) * (1 + _moved(direction))
+    count += needs.input_grad * (1 + moves_head)
+    count += needs.weight_grad * (1 + (direction.input_tangent is not None))
+    return _products(rows, weight, count)
+
+
+def _linear_target_grad(summary, slopes, input, weight, bias, arguments):
+    return _products(_counted(input, arguments), weight, 1)
+
+
 _FORMULAS = {
     "linear_stats": _linear_stats,
     "linear_stats_backward": _linear_stats_backward,
     "linear_loss": _linear_loss,
     "chunk_stats": _chunk_stats,
     "chunk_gradients": _chunk_gradients,
+    "linear_target_grad": _linear_target_grad,
+    "linear_tangent": _linear_tangent,
+    "linear_curvature": _linear_curvature,
 }
 
 

@@ -26,8 +26,8 @@ from .chunked import Gradients, Needs, Reductions, Upstream
 from .problem import LinearProblem, LogitsProblem, Rows, arithmetic_dtype
 
 # input [N, D], weight [V, D], bias [V]; logits [N, V].
-_HEAD = ("Tensor input", "Tensor weight", "Tensor? bias", LinearArguments)
-_LOGITS = ("Tensor logits", LogitsArguments)
+HEAD = ("Tensor input", "Tensor weight", "Tensor? bias", LinearArguments)
+LOGITS = ("Tensor logits", LogitsArguments)
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def linear_problem(
     return LinearProblem(input, weight, bias, **_scoring(arguments, rows, weight.shape[0], input.device))
 
 
-def _logits_problem(logits: Tensor, arguments: LogitsArguments) -> LogitsProblem:
+def logits_problem(logits: Tensor, arguments: LogitsArguments) -> LogitsProblem:
     rows = Rows.of(logits.shape[0], arguments.valid, skip=False)
     return LogitsProblem(logits, **_scoring(arguments, rows, logits.shape[1], logits.device))
 
@@ -90,7 +90,7 @@ def _scoring(arguments: LogitsArguments, rows: Rows, here: int, device: torch.de
     }
 
 
-def _given(gradients, like: Tensor) -> tuple[Tensor, ...]:
+def given(gradients, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -101,7 +101,7 @@ def _fake_statistics(
     return like.new_empty((count, rows), dtype=dtype), like.new_empty((rows,), dtype=torch.int64)
 
 
-def _fake_gradients(
+def fake_gradients(
     needs: Needs, input, weight, bias, arguments: LinearArguments, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, ...]:
     tensors = (input, weight, bias, arguments.temperature)
@@ -127,11 +127,11 @@ def _linear_stats_backward(summary, coef, needs: Needs, input, weight, bias, arg
     """Gradients of input, weight, bias and temperature, in their dtypes, from coefficients [7 or 14, N]."""
     problem = linear_problem(input, weight, bias, arguments)
     with exact_products(input.device):
-        return _given(streaming.gradients(problem, summary, coef, needs, arguments.workspace).flat(), input)
+        return given(streaming.gradients(problem, summary, coef, needs, arguments.workspace).flat(), input)
 
 
 def _linear_stats_backward_fake(summary, coef, needs, input, weight, bias, arguments):
-    return _fake_gradients(needs, input, weight, bias, arguments)
+    return fake_gradients(needs, input, weight, bias, arguments)
 
 
 def _linear_loss(
@@ -160,7 +160,7 @@ def _linear_loss(
     with exact_products(input.device):
         record, gradients = chunked.loss_and_gradients(problem, upstream, needs, arguments.workspace, ahead)
     to_balance = record.args[0] if record.args else torch.zeros_like(row_scale)
-    return record.row_loss, record.summary, record.argmax, *_given(gradients.flat(), input), to_balance
+    return record.row_loss, record.summary, record.argmax, *given(gradients.flat(), input), to_balance
 
 
 def _upstream(
@@ -181,7 +181,7 @@ def _linear_loss_fake(row_scale, balance, target_square, family, needs, input, w
     return (
         torch.empty_like(row_scale),
         *_fake_statistics(input.shape[0], input, arguments, dtype),
-        *_fake_gradients(needs, input, weight, bias, arguments, dtype),
+        *fake_gradients(needs, input, weight, bias, arguments, dtype),
         torch.empty_like(row_scale),
     )
 
@@ -238,7 +238,7 @@ def _chunk_gradients(
 
 def _logits_stats(logits, arguments: LogitsArguments) -> tuple[Tensor, Tensor]:
     """Summary [SUMMARY, N] and argmax [N]."""
-    problem = _logits_problem(logits, arguments)
+    problem = logits_problem(logits, arguments)
     with exact_products(logits.device):
         return dense.statistics(problem)
 
@@ -251,13 +251,13 @@ def _logits_stats_backward(
     summary, coef, temperature_grad: bool, logits, arguments: LogitsArguments
 ) -> tuple[Tensor, Tensor]:
     """Gradients of logits [N, V] and of temperature [N] from the coefficients of every row."""
-    problem = _logits_problem(logits, arguments)
+    problem = logits_problem(logits, arguments)
     to_temperature = summary.new_zeros(logits.shape[0]) if temperature_grad else None
     with exact_products(logits.device):
         gradient = dense.gradient(problem, summary, coef, to_temperature)
     if to_temperature is not None:
         to_temperature = to_temperature.to(arguments.temperature.dtype)
-    return _given((gradient, to_temperature), logits)
+    return given((gradient, to_temperature), logits)
 
 
 def _logits_stats_backward_fake(summary, coef, temperature_grad, logits, arguments):
@@ -268,7 +268,7 @@ def _logits_stats_backward_fake(summary, coef, temperature_grad, logits, argumen
 SIGNATURES: dict[str, Signature] = {}
 
 
-def _define(name: str, signature: Signature, returns: str, driver: Callable, fake: Callable) -> Callable:
+def register(name: str, signature: Signature, returns: str, driver: Callable, fake: Callable) -> Callable:
     """Register a driver that takes one object for each part of its signature; gives what calls it so."""
     SIGNATURES[name] = signature
 
@@ -293,39 +293,37 @@ def _nothing(*_) -> None:
 
 _STATISTICS = "(Tensor summary, Tensor argmax)"
 _GRADIENTS = "Tensor to_input, Tensor to_weight, Tensor to_bias, Tensor to_temperature"
-linear_stats = _define("linear_stats", Signature(*_HEAD), _STATISTICS, _linear_stats, _linear_stats_fake)
-linear_stats_backward = _define(
+linear_stats = register("linear_stats", Signature(*HEAD), _STATISTICS, _linear_stats, _linear_stats_fake)
+linear_stats_backward = register(
     "linear_stats_backward",
-    Signature("Tensor summary", "Tensor coef", Needs, *_HEAD),
+    Signature("Tensor summary", "Tensor coef", Needs, *HEAD),
     f"({_GRADIENTS})",
     _linear_stats_backward,
     _linear_stats_backward_fake,
 )
-linear_loss = _define(
+linear_loss = register(
     "linear_loss",
-    Signature(
-        "Tensor row_scale", "Tensor balance", "Tensor? target_square", RealityCreativity, Needs, *_HEAD
-    ),
+    Signature("Tensor row_scale", "Tensor balance", "Tensor? target_square", RealityCreativity, Needs, *HEAD),
     f"(Tensor row_loss, Tensor summary, Tensor argmax, {_GRADIENTS}, Tensor to_balance)",
     _linear_loss,
     _linear_loss_fake,
 )
-logits_stats = _define("logits_stats", Signature(*_LOGITS), _STATISTICS, _logits_stats, _logits_stats_fake)
-logits_stats_backward = _define(
+logits_stats = register("logits_stats", Signature(*LOGITS), _STATISTICS, _logits_stats, _logits_stats_fake)
+logits_stats_backward = register(
     "logits_stats_backward",
-    Signature("Tensor summary", "Tensor coef", "bool temperature_grad", *_LOGITS),
+    Signature("Tensor summary", "Tensor coef", "bool temperature_grad", *LOGITS),
     "(Tensor to_logits, Tensor to_temperature)",
     _logits_stats_backward,
     _logits_stats_backward_fake,
 )
-chunk_stats = _define(
+chunk_stats = register(
     "chunk_stats",
-    Signature("Tensor(a!) memory", Span, *_HEAD),
+    Signature("Tensor(a!) memory", Span, *HEAD),
     _STATISTICS,
     _chunk_stats,
     _chunk_stats_fake,
 )
-chunk_gradients = _define(
+chunk_gradients = register(
     "chunk_gradients",
     Signature(
         "Tensor(a!) memory",
@@ -336,7 +334,7 @@ chunk_gradients = _define(
         "Tensor(c!)? to_weight",
         "Tensor(d!)? to_bias",
         "Tensor(e!)? to_temperature",
-        *_HEAD,
+        *HEAD,
     ),
     "()",
     _chunk_gradients,

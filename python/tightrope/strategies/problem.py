@@ -8,7 +8,7 @@ the logits, and without native instructions it runs hundreds of times slower tha
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -223,6 +223,7 @@ class LinearProblem(_Scored):
     input: Tensor
     weight: Tensor
     bias: Tensor | None
+    widened: bool = False  # every operand is of the dtype of the arithmetic
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -238,8 +239,12 @@ class LinearProblem(_Scored):
     @cached_property
     def operand(self) -> torch.dtype:
         """The dtype of what goes into GEMMs: the tensors' own where that can give float32."""
-        exact = self.streams or widens(self.device, self.input.dtype)
+        exact = not self.widened and (self.streams or widens(self.device, self.input.dtype))
         return operand_dtype(self.input.dtype, self.weight.dtype, self.dtype, exact)
+
+    def in_arithmetic(self) -> LinearProblem:
+        """The same, with every operand of a GEMM in the dtype of the arithmetic."""
+        return replace(self, widened=True)
 
     @property
     def device(self) -> torch.device:
@@ -277,11 +282,15 @@ class LinearProblem(_Scored):
     ) -> Tensor:
         """``hidden @ head.T`` [n, T], in its place in flat memory; logits where rows have temperatures."""
         raw = self.place(memory, hidden.shape[0], head.shape[0])
-        if self.device.type == "cpu":
-            multiply(head, hidden.t(), raw.t(), rows="n")
-        else:
-            multiply(hidden, head.t(), raw, rows="m")
+        self.product(hidden, head, raw)
         return raw if chunk.temperature is None else raw.copy_(self.tempered(raw, chunk, tile))
+
+    def product(self, hidden: Tensor, head: Tensor, out: Tensor, accumulate: bool = False) -> None:
+        """``hidden @ head.T`` to out [n, T], which `place` laid out, or added to it."""
+        if self.device.type == "cpu":
+            multiply(head, hidden.t(), out.t(), rows="n", accumulate=accumulate)
+        else:
+            multiply(hidden, head.t(), out, rows="m", accumulate=accumulate)
 
     def row_grad(self, raw: Tensor, form: Form, chunk: Chunk, tile: tuple[int, int]) -> Tensor:
         """Gradient with respect to the raw logits, as a GEMM's operand: in place where dtypes allow."""

@@ -29,15 +29,20 @@ def _forward_spans(problem: LinearProblem, workspace: int) -> tuple[Spans, Spans
     if not problem.exchange.alone:
         return problem.tiles(rows), _agreed_spans(problem, workspace)
     if not problem.streams:
-        tiles = problem.tiles(rows)
-        width = max((stop - start for start, stop in tiles), default=0)
-        block = plan.chunk_rows(rows, max(width, 1), problem.dtype.itemsize, workspace)
-        block = min(block, plan.sizes(problem.device).streaming_rows)
-        return tiles, plan.spans(rows, block, plan.ROW_MULTIPLE)
+        return tiled_spans(problem, workspace)
     if not problem.target.is_dense:
         return [(0, columns)], plan.spans(rows, rows)
     tiles = plan.spans(columns, plan.DENSE_TILE, multiple=16)
     return tiles, plan.spans(rows, plan.chunk_rows(rows, plan.DENSE_TILE, problem.dtype.itemsize, workspace))
+
+
+def tiled_spans(problem: LinearProblem, workspace: int) -> tuple[Spans, Spans]:
+    """(tiles of the vocabulary, spans of rows) such that one of these by one of those fits the workspace."""
+    rows, tiles = problem.rows.count, problem.tiles(problem.rows.count)
+    width = max((stop - start for start, stop in tiles), default=0)
+    block = plan.chunk_rows(rows, max(width, 1), problem.dtype.itemsize, workspace)
+    block = min(block, plan.sizes(problem.device).streaming_rows)
+    return tiles, plan.spans(rows, block, plan.ROW_MULTIPLE)
 
 
 def _agreed_spans(problem: LinearProblem, workspace: int) -> Spans:
@@ -60,13 +65,9 @@ def _backward_spans(problem: LinearProblem, workspace: int) -> tuple[Spans, Span
     return plan.spans(columns, width, multiple=min(plan.STREAM_STEP, max(width, 1))), blocks
 
 
-def _largest(tiles: Spans, rows: int) -> int:
-    return max((b - a for a, b in tiles), default=0) * rows
-
-
-def _most_rows(problem: LinearProblem, spans: Spans) -> int:
-    """Rows that are scored here at a time, at most."""
-    return max((b - a for a, b in spans), default=0) * problem.exchange.owners
+def largest(tiles: Spans, spans: Spans) -> int:
+    """Elements of a tile of logits of a span of rows, at most."""
+    return max((b - a for a, b in tiles), default=0) * max((b - a for a, b in spans), default=0)
 
 
 def statistics(problem: LinearProblem, workspace: int) -> tuple[Tensor, Tensor]:
@@ -77,7 +78,7 @@ def statistics(problem: LinearProblem, workspace: int) -> tuple[Tensor, Tensor]:
     tiles, spans = _forward_spans(problem, workspace)
     if problem.streams:
         problem = replace(problem, target=problem.target.in_order())
-    elements = 0 if problem.streams else _largest(tiles, _most_rows(problem, spans))
+    elements = 0 if problem.streams else largest(tiles, spans) * problem.exchange.owners
     with borrow(elements, problem.dtype, summary.device) as flat:
         for start, stop in spans:
             own = problem.chunk(start, stop)
@@ -136,7 +137,7 @@ def gradients(
     # Kept where that takes at most a copy of the input in its own dtype; else converted for each tile.
     kept = [problem.hidden(chunk) for chunk in chunks] if problem.streams else None
     flat_dtype = problem.operand if problem.streams else dtype
-    with borrow(_largest(tiles, _most_rows(problem, blocks)), flat_dtype, problem.device) as flat:
+    with borrow(largest(tiles, blocks) * problem.exchange.owners, flat_dtype, problem.device) as flat:
         for tile in tiles if blocks else ():
             head, place = problem.head(*tile), slice(*tile)
             weight_sum = None
@@ -164,8 +165,8 @@ def gradients(
         if sums is not None and undo is not None:
             sums *= undo
     hidden_sum, to_rows = _over_ranks(problem, hidden_sum, to_rows)
-    to_input = _place(hidden_sum, problem, problem.input)
-    return Gradients(to_input, weight_grad, bias_grad, _place(to_rows, problem, problem.temperature))
+    to_input = placed(hidden_sum, problem, problem.input)
+    return Gradients(to_input, weight_grad, bias_grad, placed(to_rows, problem, problem.temperature))
 
 
 def _over_ranks(
@@ -199,8 +200,7 @@ def _by_chunks(
             of_rows = norm[:, own.where], coef[:, own.where]
             chunk_gradients(problem, own, chunk, hidden, memory, *of_rows, reductions)
         reductions.finish()
-    sources = (problem.input, problem.weight, problem.bias, problem.temperature)
-    return Gradients(*(None if s is None else s.to(t.dtype) for s, t in zip(sums.flat(), sources)))
+    return sums.rounded(problem)
 
 
 def _gradient(
@@ -221,7 +221,7 @@ def _gradient(
     return problem.row_grad(raw, form, chunk, tile)
 
 
-def _place(sums: Tensor | None, problem: LinearProblem, like: Tensor) -> Tensor | None:
+def placed(sums: Tensor | None, problem: LinearProblem, like: Tensor | None) -> Tensor | None:
     """The gradient of the rows that count, rounded once and put where they stand among all rows."""
     if sums is None:
         return None

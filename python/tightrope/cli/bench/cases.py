@@ -19,6 +19,7 @@ SCENARIOS = {
     "lora": "the head is frozen",
     "distillation": "targets are a teacher's top 64",
     "rl": "log-probability and entropy of each token, with upstream gradients of their own",
+    "curvature": "a Hessian-vector product, at a point whose gradients have their graph",
 }
 IGNORED_SHARE = 0.7
 TEACHER_ENTRIES = 64
@@ -70,9 +71,9 @@ class Case:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of the gradients that a step returns."""
+        """Of the gradients that a step returns; for a Hessian-vector product also of that."""
         entries = self.rows * self.dim + (0 if self.scenario == "lora" else self.vocab * self.dim)
-        return entries * DTYPES[self.dtype].itemsize
+        return entries * DTYPES[self.dtype].itemsize * (2 if self.scenario == "curvature" else 1)
 
 
 CPU_SHAPES = (

@@ -28,6 +28,7 @@ class Step:
 
     target: [N] int64 with -100 where ignored, or with `probs` the entries [N, K] of a teacher's top K.
     advantage: [N], the upstream gradient of each token's log-probability (reinforcement learning).
+    direction: of hidden and weight, for a Hessian-vector product in the place of a gradient.
     normalizer: the rows that count, which the mean divides by.
     """
 
@@ -37,6 +38,7 @@ class Step:
     probs: Tensor | None
     advantage: Tensor | None
     normalizer: int
+    direction: tuple[Tensor, Tensor] | None = None
 
     def rows(self, start: int, stop: int) -> Step:
         def cut(t: Tensor | None) -> Tensor | None:
@@ -48,6 +50,7 @@ class Step:
             target=cut(self.target),
             probs=cut(self.probs),
             advantage=cut(self.advantage),
+            direction=None if self.direction is None else (cut(self.direction[0]), self.direction[1]),
         )
 
     def forget_gradients(self) -> None:
@@ -63,7 +66,7 @@ def make_step(case: Case) -> Step:
         hidden = torch.randn(case.rows, case.dim, generator=generator)
         weight = torch.randn(case.vocab, case.dim, generator=generator).mul_(case.dim**-0.5)
         target = torch.randint(case.vocab, (case.rows,), generator=generator)
-    probs = advantage = None
+    probs = advantage = direction = None
     if case.scenario == "sft":
         target = target.masked_fill(torch.rand(case.rows, generator=generator) < IGNORED_SHARE, IGNORE_INDEX)
     elif case.scenario == "distillation":
@@ -73,6 +76,11 @@ def make_step(case: Case) -> Step:
     elif case.scenario == "rl":
         advantage = torch.randn(case.rows, generator=generator).to(case.device)
     dtype = DTYPES[case.dtype]
+    if case.scenario == "curvature":
+        direction = tuple(
+            (torch.randn(x.shape, generator=generator) * x.std()).to(case.device, dtype)
+            for x in (hidden, weight)
+        )
     return Step(
         hidden.to(case.device, dtype).requires_grad_(),
         weight.to(case.device, dtype).requires_grad_(case.scenario != "lora"),
@@ -80,6 +88,7 @@ def make_step(case: Case) -> Step:
         None if probs is None else probs.to(case.device),
         advantage,
         max(1, case.rows if probs is not None else int((target != IGNORE_INDEX).sum())),
+        direction,
     )
 
 

@@ -1,7 +1,8 @@
 """One competitor at one case, in a process of its own: memory, error, then time beside ours and the floor.
 
 Memory comes first, while the process is fresh. Then the three bare GEMMs, ours and the competitor take turns,
-so that all see the same machine. A competitor gets its gradients dropped before each step, outside the time.
+so that all see the same machine. A competitor gets its gradients dropped before each step, outside the time;
+for a Hessian-vector product it also makes their graph there, as who takes many of them at a point does once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import gc
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ import torch
 
 from ..probe import peak_bytes
 from .cases import Case, Loss
-from .competitors import Competitor, all_competitors, ours
+from .competitors import Competitor, LossOf, all_competitors, ours
 from .figures import rounds_for, summary
 from .inputs import Step, make_step
 from .truth import errors
@@ -28,11 +29,44 @@ Work = Callable[[], object]
 _Work = TypeVar("_Work")
 
 
-def step_of(competitor_loss, step: Step, loss: Loss) -> torch.Tensor:
-    """Forward and backward; the value of the loss."""
-    value = competitor_loss(step, loss)
-    value.backward()
-    return value.detach()
+@dataclass(frozen=True)
+class StepOf:
+    """A step of a competitor, as a work: forward and backward, or a Hessian-vector product.
+
+    The gradients, or the product, are left where a backward leaves gradients.
+    """
+
+    loss_of: LossOf
+    step: Step
+    loss: Loss
+
+    def prepared(self) -> Work:
+        """What is timed. For a Hessian-vector product the gradients and their graph are made before."""
+        step = self.step
+        if step.direction is None:
+            return self
+        leaves = step.hidden, step.weight
+        value = self.loss_of(step, self.loss)
+        gradients = torch.autograd.grad(value, leaves, create_graph=True)
+
+        def product() -> torch.Tensor:
+            step.hidden.grad, step.weight.grad = torch.autograd.grad(gradients, leaves, step.direction)
+            return value.detach()
+
+        return product
+
+    def __call__(self) -> torch.Tensor:
+        """All of it; the value of the loss."""
+        if self.step.direction is not None:
+            return self.prepared()()
+        value = self.loss_of(self.step, self.loss)
+        value.backward()
+        return value.detach()
+
+
+def step_of(loss_of: LossOf, step: Step, loss: Loss) -> torch.Tensor:
+    """The value of the loss, after all of a step."""
+    return StepOf(loss_of, step, loss)()
 
 
 def three_gemms(step: Step) -> None:
@@ -100,6 +134,8 @@ def take_turns(works: dict[str, Work], step: Step, budget: float) -> dict[str, l
 
     def timed(work: Work) -> float:
         step.forget_gradients()
+        if isinstance(work, StepOf):
+            work = work.prepared()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         begin = time.perf_counter()
@@ -139,8 +175,8 @@ def measure(name: str, case: Case, loss: Loss, truths: Path, budget: float) -> d
     turns = take_turns(
         {
             "gemms": lambda: three_gemms(floor),
-            "ours": lambda: step_of(ours, step, loss),
-            "competitor": lambda: step_of(competitor.loss, step, loss),
+            "ours": StepOf(ours, step, loss),
+            "competitor": StepOf(competitor.loss, step, loss),
         },
         step,
         budget,

@@ -52,7 +52,8 @@ def eager_loss(step: Step, loss: Loss) -> Tensor:
 def truths(step: Step, losses: Sequence[Loss]) -> dict[str, dict]:
     """By name of the loss: its value and gradients in float64, by blocks of rows.
 
-    The products are the cost of it: of dh and dW only a sample of rows is made, the same for each loss.
+    Where the step has a direction a Hessian-vector product stands for the gradients. The products are the
+    cost of it: of dh and dW only a sample of rows is made, the same for each loss.
     """
     hidden, weight = step.hidden.detach().double(), step.weight.detach().double()
     kept, kept_head = sample(step)
@@ -68,12 +69,28 @@ def truths(step: Step, losses: Sequence[Loss]) -> dict[str, dict]:
         log_p = torch.log_softmax(logits, -1)
         for loss in losses:
             value, truth = row_losses(log_p, part, loss).sum() / step.normalizer, found[loss.name]
-            (grad,) = torch.autograd.grad(value, logits, retain_graph=True)
             truth["loss"] += value.item()
-            truth["hidden"][here] = grad[kept[here] - start] @ weight
-            if "weight" in truth:
-                truth["weight"] += grad[:, kept_head].T @ h
+            for grad, states, head in _factors(value, logits, h, weight, part.direction):
+                truth["hidden"][here] += grad[kept[here] - start] @ head
+                if "weight" in truth:
+                    truth["weight"] += grad[:, kept_head].T @ states
     return found
+
+
+def _factors(
+    value: Tensor, logits: Tensor, hidden: Tensor, weight: Tensor, direction: tuple[Tensor, Tensor] | None
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(gradient of logits, hidden states, head) of the products ``grad @ head`` and ``grad.T @ hidden``.
+
+    dh and dW are their sums, or where there is a direction a Hessian-vector product is.
+    """
+    (grad,) = torch.autograd.grad(value, logits, create_graph=direction is not None, retain_graph=True)
+    if direction is None:
+        return [(grad, hidden, weight)]
+    hidden_moved, weight_moved = (d.double() for d in direction)
+    along = hidden_moved @ weight.T + hidden @ weight_moved.T
+    (grad_moved,) = torch.autograd.grad(grad, logits, along, retain_graph=True)
+    return [(grad_moved, hidden, weight), (grad.detach(), hidden_moved, weight_moved)]
 
 
 def write_truths(case: Case, losses: Sequence[Loss], path: Path) -> None:
