@@ -72,6 +72,27 @@ def test_losses_targets_and_strategies(ranks, size, rows):
     check(ranks(size), share(trials, size))
 
 
+@pytest.mark.parametrize("size", [2, 3])
+@both
+def test_a_teacher(ranks, size, rows):
+    """Would catch a teacher normalised over a rank's classes alone, or by other rows' maxima."""
+    common = {"target": "teacher"}
+    small = {"workspace_mb": 2e-3}  # shared with the teacher
+    losses = [*LOSSES[2:], {"reality": "reverse_kl", "label_smoothing": 0.1}]
+    trials = [
+        Trial(**layout, **common, options={**loss, "strategy": strategy, **small})
+        for layout, loss, strategy in itertools.product(layouts(size, rows), losses, STRATEGIES)
+    ]
+    for layout, strategy in itertools.product(layouts(size, rows), STRATEGIES):
+        options = {"reduction": "none", "skip_ignored": strategy == "chunked", **small}
+        trials.append(Trial(**layout, **common, tensors=("row_weight",), options=options))
+        options = {"strategy": strategy, **small}
+        trials.append(Trial(**layout, **common, function="own", options=options))
+        if rows == "replicated":
+            trials.append(Trial(**layout, **common, function="logits", leaves=("weight", "bias")))
+    check(ranks(size), share(trials, size))
+
+
 TENSORS = [
     {"tensors": ("balance",), "leaves": ("input", "weight", "balance")},
     {"tensors": ("row_weight",), "leaves": ("input", "weight", "row_weight")},

@@ -27,13 +27,14 @@ from torch.autograd import Function
 from .ambient import differentiable
 from .arguments import LogitsArguments
 from .coefficients import row_coefficients
-from .statistics import OF_SUPPORT, RowStats, StatGrads, row_stats
+from .statistics import FLOATING, StatGrads, row_stats
 from .strategies import ops, soft, soft_ops, tangent_ops
 from .strategies.chunked import Needs
 from .strategies.tangents import Direction
-from .support import RowSets
 from .theta import (
     Saved,
+    constants,
+    fields_of,
     grads_of_summary,
     group_of,
     kept,
@@ -104,7 +105,7 @@ def pulled_back(
 class VocabStats(Function):
     """(input, weight, bias, *arguments) -> (the fields of RowStats [N] each, summary).
 
-    The last three fields are there with a set of classes only.
+    The fields of a set of classes, and of a teacher, are there where one is given.
     """
 
     @staticmethod
@@ -117,14 +118,14 @@ class VocabStats(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, weight, bias, *flat = inputs
-        ctx.mark_non_differentiable(output[RowStats._fields.index("argmax")], output[-1])
+        ctx.mark_non_differentiable(*constants(output, group_of(weight)(*flat)), output[-1])
         Saved.save(ctx, output[-1:], input, weight, bias, flat)
 
     @staticmethod
     def backward(ctx, *grads):
         (summary,), values, arguments = Saved.load(ctx)
         wanted = ctx.needs_input_grad, mass_needed(ctx, 3, arguments)
-        return pulled_back(*wanted, summary, upstream_of(grads[:-1]), values, arguments)
+        return pulled_back(*wanted, summary, upstream_of(grads[:-1], arguments), values, arguments)
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -132,15 +133,13 @@ class VocabStats(Function):
         _refuse_tangents_of_targets(tangents, values[1])
         direction = of_theta(tangents, values[1])
         (tangent,) = StatsTangent.apply(summary, *direction, *values, *arguments.flat())
-        fields = row_stats(tangent, None)._asdict()
-        present = [name for name in RowStats._fields if name == "argmax" or fields[name] is not None]
-        return *(fields[name] for name in present), None
+        moved = row_stats(tangent, None)
+        return *(getattr(moved, n) if n in FLOATING else None for n in fields_of(arguments)), None
 
     @staticmethod
     def vmap(info, dims, *given):
         arguments = group_of(given[1])(*given[3:])
-        fields = len(RowStats._fields) - (0 if RowSets.of(arguments) else len(OF_SUPPORT))
-        outputs = (*(ROWS,) * fields, COLUMNS)
+        outputs = (*(ROWS for _ in fields_of(arguments)), COLUMNS)
         return batched(VocabStats, info.batch_size, dims, given, of_values(type(arguments)), outputs)
 
 

@@ -33,7 +33,7 @@ from .prepare import (
 from .statistics import RowStats, row_stats
 from .strategies.own import evaluate
 from .support import Classes, MinP
-from .targets import TopKTarget
+from .targets import TeacherTarget, TopKTarget
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 def linear_reality_creativity_loss(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget,
+    target: Tensor | TopKTarget | TeacherTarget,
     bias: Tensor | None = None,
     *,
     return_stats: Literal[False] = False,
@@ -67,7 +67,7 @@ def linear_reality_creativity_loss(
 def linear_reality_creativity_loss(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget,
+    target: Tensor | TopKTarget | TeacherTarget,
     bias: Tensor | None = None,
     *,
     return_stats: Literal[True],
@@ -79,7 +79,7 @@ def linear_reality_creativity_loss(
 def linear_reality_creativity_loss(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget,
+    target: Tensor | TopKTarget | TeacherTarget,
     bias: Tensor | None = None,
     *,
     return_stats: bool,
@@ -91,7 +91,7 @@ def linear_reality_creativity_loss(
 def linear_reality_creativity_loss(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget,
+    target: Tensor | TopKTarget | TeacherTarget,
     bias: Tensor | None = None,
     *,
     balance: Number | Tensor = 0.0,
@@ -257,7 +257,7 @@ def linear_reality_creativity_loss(
 def linear_vocab_stats(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget | None = None,
+    target: Tensor | TopKTarget | TeacherTarget | None = None,
     bias: Tensor | None = None,
     *,
     ignore_index: Integer = -100,
@@ -311,7 +311,7 @@ def linear_vocab_stats(
 def linear_vocab_loss(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget | None,
+    target: Tensor | TopKTarget | TeacherTarget | None,
     loss_fn: Callable[..., Tensor],
     bias: Tensor | None = None,
     *,
@@ -324,7 +324,7 @@ def linear_vocab_loss(
 def linear_vocab_loss(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget | None,
+    target: Tensor | TopKTarget | TeacherTarget | None,
     loss_fn: Callable[..., Tensor],
     bias: Tensor | None = None,
     *,
@@ -337,7 +337,7 @@ def linear_vocab_loss(
 def linear_vocab_loss(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget | None,
+    target: Tensor | TopKTarget | TeacherTarget | None,
     loss_fn: Callable[..., Tensor],
     bias: Tensor | None = None,
     *,
@@ -350,7 +350,7 @@ def linear_vocab_loss(
 def linear_vocab_loss(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget | None,
+    target: Tensor | TopKTarget | TeacherTarget | None,
     loss_fn: Callable[..., Tensor],
     bias: Tensor | None = None,
     *,

@@ -24,7 +24,7 @@ from .statistics import RowStats
 from .strategies import plan
 from .strategies.problem import arithmetic_dtype
 from .support import DEFAULT, Classes, MinP, RowSets
-from .targets import Target, TopKTarget
+from .targets import Target, TeacherTarget, TopKTarget
 
 _Arguments = TypeVar("_Arguments", bound=LogitsArguments)
 
@@ -73,22 +73,28 @@ class Space:
         """The owner's values as [N, D] or [N, V]."""
         return self.like.reshape(math.prod(self.tokens), self.like.shape[-1])
 
-    def _refuse_learned(self, target: Tensor | TopKTarget) -> None:
+    def _refuse_learned(self, target: Tensor | TopKTarget | TeacherTarget) -> None:
         """Raise ValueError where ranks share the vocabulary and a target requires grad."""
+        if self.ranks is None or isinstance(target, TeacherTarget):
+            return
         masses = target.probs if isinstance(target, TopKTarget) else target
-        if self.ranks is not None and masses.requires_grad:
+        if masses.requires_grad:
             raise ValueError(
                 "target: got one that requires grad with vocab_parallel, expected one that does not where "
                 "ranks hold the vocabulary together"
             )
 
     def target(
-        self, target: Tensor | TopKTarget | None, ignore_index: int, shift: int, required: bool = False
+        self,
+        target: Tensor | TopKTarget | TeacherTarget | None,
+        ignore_index: int,
+        shift: int,
+        required: bool = False,
     ) -> TokenTarget:
         """Rows of a target, checked."""
         if target is not None or required:
             # A distribution has the classes that are here; tokens that no other rank has, all of them.
-            whole = self.ranks is not None and self.ranks.sharded
+            whole = self.ranks is not None and self.ranks.sharded and not isinstance(target, TeacherTarget)
             width = self.vocab_size if whole else self.here
             validation.target(target, self.tokens, width, self.device, self.owner)
             self._refuse_learned(target)
@@ -207,12 +213,14 @@ class Rows:
     def shaped(self, stats: RowStats, has_target: bool = True) -> RowStats:
         """Detached statistics in the tokens' shape."""
         detached = RowStats(*(None if s is None else s.detach() for s in stats))
+        if self.target.teacher_form == "log":  # they are inner products with log b
+            detached = detached._replace(target_logit=None, target_prob=None, target_log_prob=None)
         return _tokens.unflatten(detached, self.space.tokens, has_target)
 
 
 def rows_of(
     space: Space,
-    target: Tensor | TopKTarget | None,
+    target: Tensor | TopKTarget | TeacherTarget | None,
     *,
     ignore_index: int,
     shift: int,
@@ -249,7 +257,7 @@ def rows_of(
 
 def weighted_rows(
     space: Space,
-    target: Tensor | TopKTarget,
+    target: Tensor | TopKTarget | TeacherTarget,
     family: RealityCreativity,
     class_weight: Tensor | None,
     **rows,
@@ -258,8 +266,14 @@ def weighted_rows(
 
     With class weights label smoothing is part of the target, and no more of the loss.
     """
+    if family.reality == "reverse_kl":
+        validation.teacher_alone(target, family.reality)
     if class_weight is None:
-        return rows_of(space, target, **rows), family
+        found = rows_of(space, target, **rows)
+        if family.reality == "reverse_kl":
+            form = {"teacher_form": "log", "smoothing": family.label_smoothing}
+            found = replace(found, target=replace(found.target, **form))
+        return found, family
     validation.class_weight(class_weight, space.vocab_size, space.device, family.reality)
     smoothing = family.label_smoothing
     weighted = rows_of(space, target, class_weight=class_weight, label_smoothing=smoothing, **rows)
@@ -268,13 +282,13 @@ def weighted_rows(
 
 def target_square(
     space: Space,
-    target: Tensor | TopKTarget,
+    target: Tensor | TopKTarget | TeacherTarget,
     family: RealityCreativity,
     ignore_index: int,
     shift: int,
 ) -> Tensor | None:
     """|b|^2 of each row's target [N], where the loss has a use for it."""
-    if family.reality != "squared_error":
+    if family.reality != "squared_error" or isinstance(target, TeacherTarget):
         return None
     ignore_index, shift = validation.integer("ignore_index", ignore_index), validation.integer("shift", shift)
     smoothing = family.label_smoothing
@@ -369,6 +383,4 @@ def choose_strategy(
     rows, width = math.prod(space.tokens), space.vocab_size
     if space.ranks is not None:
         rows, width = space.ranks.rows_together(rows), max(arguments.widest, 1)
-    return strategy or plan.choose_strategy(
-        rows, width, space.dtype.itemsize, arguments.workspace, space.device
-    )
+    return strategy or plan.choose_strategy(rows, width, space.dtype.itemsize, arguments.budget, space.device)
