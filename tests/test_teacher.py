@@ -390,6 +390,15 @@ def test_errors(case):
         LOSS(*h[:2], replace(target, **change(target)))
 
 
+def test_no_class_is_ignored():
+    """Would catch an ignore_index that a teacher lets pass, and nothing obeys."""
+    h = leaves()
+    with pytest.raises(ValueError, match="ignore_index: got 3 with a distribution as target"):
+        LOSS(*h[:2], teacher(), ignore_index=3)
+    count = tightrope.distributed.token_count(teacher())
+    assert count.item() == N
+
+
 def test_reverse_kl_wants_a_teacher():
     """Would catch reverse KL to something else: the logarithm of a distribution that nobody took."""
     problem = linear_problem(N, vocab=V)

@@ -124,13 +124,14 @@ def linear_reality_creativity_loss(
 
         (1 - balance) * reality + balance * creativity + z_loss * lse^2 + logit_l2 / 2 * sum(z^2)
 
-    where reality is ``"cross_entropy"`` or ``"squared_error"`` (half the squared distance of p to the
-    target) and creativity is ``"entropy"`` (-H, in nats), ``"collision"`` (log of sum p^2) or
-    ``"support_entropy"`` (the negative entropy of p within the set ``support``, renormalised). The best model
-    of ``"entropy"`` gives every class of the vocabulary the same floor,
-    ``exp(-H - (1 - balance) / balance)``: at V 49152 and a balance of 0.15 that is half of its mass even
-    where the answer is certain. The others leave impossible classes alone (docs/mathematics.md). The defaults
-    are ``F.cross_entropy(input @ weight.T, target)``. After Sinha, Song and Zhou (arXiv 2306.02295).
+    where reality is ``"cross_entropy"``, ``"squared_error"`` (half the squared distance of p to the target)
+    or ``"reverse_kl"`` (KL(p || b), of a :class:`TeacherTarget` alone), and creativity is ``"entropy"`` (-H,
+    in nats), ``"collision"`` (log of sum p^2) or ``"support_entropy"`` (the negative entropy of p within the
+    set ``support``, renormalised). The best model of ``"entropy"`` gives every class of the vocabulary the
+    same floor, ``exp(-H - (1 - balance) / balance)``: at V 49152 and a balance of 0.15 that is half of its
+    mass even where the answer is certain. The others leave impossible classes alone (docs/mathematics.md).
+    The defaults are ``F.cross_entropy(input @ weight.T, target)``. After Sinha, Song and Zhou
+    (arXiv 2306.02295).
 
     Numbers may be numpy's, or tensors of one element; those that are read wait for their device.
 
@@ -141,11 +142,12 @@ def linear_reality_creativity_loss(
             the tokens.
         weight: vocabulary head ``(V, D)``. Its dtype may differ from that of ``input``, as under autocast.
         target: class indices ``(...)`` of any integer dtype, a distribution ``(..., V)`` of any floating
-            dtype, or a :class:`TopKTarget`. Distributions need not sum to one, and may require grad.
+            dtype, a :class:`TopKTarget`, or a :class:`TeacherTarget`, another head's softmax. Distributions
+            need not sum to one, and may require grad.
         bias: ``(V)``, or None.
         balance: a number in [0, 1], or a tensor that broadcasts to the tokens. It may require grad.
         ignore_index: tokens of this class cost nothing, count nowhere and get zero gradients. Not for
-            distributions, whose tokens a row_weight of 0 ignores.
+            distributions and teachers, whose tokens a row_weight of 0 ignores.
         label_smoothing: in [0, 1]; replaces the target b by ``(1 - label_smoothing) b + label_smoothing / V``
             in the reality term.
         class_weight: ``(V)``, weighs the classes of the cross-entropy as ``F.cross_entropy(weight=...)``

@@ -14,8 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from . import target_checks, validation
 from . import tokens as _tokens
-from . import validation
 from .ambient import has_values, may_read, transformed
 from .arguments import LinearArguments, LogitsArguments, SetArguments, TokenTarget, Transform
 from .distributed.layout import Agreement
@@ -96,9 +96,10 @@ class Space:
             # A distribution has the classes that are here; tokens that no other rank has, all of them.
             whole = self.ranks is not None and self.ranks.sharded and not isinstance(target, TeacherTarget)
             width = self.vocab_size if whole else self.here
-            validation.target(target, self.tokens, width, self.device, self.owner)
+            target_checks.target(target, self.tokens, width, self.device, self.owner)
             self._refuse_learned(target)
-        ignore_index = validation.ignore_index(ignore_index, target)
+        named = target.hidden if isinstance(target, TeacherTarget) else target
+        ignore_index = validation.ignore_index(ignore_index, named)
         shift = validation.shift(shift, self.tokens)
         if shift and self.ranks is not None and self.ranks.cuts_sequences:
             raise ValueError(
@@ -267,7 +268,7 @@ def weighted_rows(
     With class weights label smoothing is part of the target, and no more of the loss.
     """
     if family.reality == "reverse_kl":
-        validation.teacher_alone(target, family.reality)
+        target_checks.teacher_alone(target, family.reality)
     if class_weight is None:
         found = rows_of(space, target, **rows)
         if family.reality == "reverse_kl":

@@ -21,7 +21,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from .. import validation
+from .. import target_checks, validation
 from ..arguments import ShardArguments
 from ..statistics import RowStats
 from ..support import Classes
@@ -185,7 +185,7 @@ class Layout:
         return value
 
     def _target(self, target: Tensor | TopKTarget | TeacherTarget) -> Tensor | TopKTarget | TeacherTarget:
-        validation.target(target, self.tokens, self.vocab_size, self.device, self.owner)
+        target_checks.target(target, self.tokens, self.vocab_size, self.device, self.owner)
         if isinstance(target, TeacherTarget):
             return self._teacher(target)
         if isinstance(target, TopKTarget):
