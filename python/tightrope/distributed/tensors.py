@@ -380,6 +380,8 @@ class _Waited(Function):
 def _has_dtensor(value: object) -> bool:
     if isinstance(value, Classes):
         value = value.indices
+    if isinstance(value, TeacherTarget):
+        value = value.hidden, value.weight, value.bias
     if isinstance(value, (tuple, list)):
         return any(_has_dtensor(part) for part in value)
     return isinstance(value, DTensor)

@@ -71,8 +71,8 @@ def make_step(case: Case) -> Step:
         target = target.masked_fill(torch.rand(case.rows, generator=generator) < IGNORED_SHARE, IGNORE_INDEX)
     elif case.scenario == "distillation":
         entries = min(TEACHER_ENTRIES, case.vocab)
-        teacher = torch.softmax(hidden @ weight.T / TEACHER_TEMPERATURE, -1).topk(entries)
-        target, probs = teacher.indices, teacher.values / teacher.values.sum(-1, keepdim=True)
+        largest = torch.softmax(hidden @ weight.T / TEACHER_TEMPERATURE, -1).topk(entries)
+        target, probs = largest.indices, largest.values / largest.values.sum(-1, keepdim=True)
     elif case.scenario == "teacher":
         # It sees what the student sees, and as much more.
         more = torch.randn(hidden.shape, generator=generator)
