@@ -174,7 +174,8 @@ def linear_reality_creativity_loss(
         skip_ignored: False puts ignored tokens through the GEMMs, masked, so that on a GPU the host need not
             learn how many are left. Default: skip them wherever that is possible.
         return_stats: also return the detached :class:`RowStats` of every token.
-        workspace_mb: budget of the scratch memory for logits, in MiB; default 72, on a GPU 1024.
+        workspace_mb: budget of the scratch memory for logits, in MiB, a teacher's among them; default 72, on
+            a GPU 1024.
         backend: ``"cpu"`` or ``"cuda"`` (C++), ``"triton"``, ``"eager"`` (PyTorch), or None: the best for the
             device.
         strategy: ``"chunked"`` (three GEMMs; gradients are made in the forward pass), ``"streaming"`` (four,
