@@ -4,6 +4,7 @@ The truth is the teacher's distribution in float64, made by PyTorch and passed a
 the formula of the loss. Tiles are small, so that a teacher is normalised over several of them.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -290,6 +291,90 @@ def test_statistics_beside_reverse_kl():
     assert stats.entropy is not None and stats.target_entropy is not None
 
 
+# Jensen-Shannon
+
+
+def jensen_shannon(h, log_b, temperature=1.0, balance=0.0):
+    """By the formula, of each row."""
+    log_p = torch.log_softmax(F.linear(*h) / temperature, -1)
+    p, b = log_p.exp(), log_b.exp()
+    log_m = ((p + b) / 2).log()
+    kl = sum(torch.where(q == 0, 0.0, q * (log_q - log_m)) for q, log_q in ((p, log_p), (b, log_b)))
+    return (1 - balance) * 0.5 * kl.sum(-1) + balance * torch.special.xlogy(p, p).sum(-1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("case", ["plain", "masked", "none"])
+def test_jensen_shannon(case, strategy, backend):
+    """Would catch a mixture with another row's student, half a gradient, or a divergence that is not b's."""
+    target, h = teacher(logit_scale=0.7, softcap=5.0), leaves()
+    options = {"strategy": strategy, "backend": backend, "workspace_mb": 0.02, "reality": "jensen_shannon"}
+    weight, temperature = (torch.arange(N) % 3).double(), 0.5 + rand(N, seed=9, dtype=F64)
+    if case == "plain":
+        loss = LOSS(*h[:2], target, h[2], **options)
+        expected = jensen_shannon(h, log_probs(target)).mean()
+    elif case == "masked":
+        options |= {"row_weight": weight, "skip_ignored": False, "reduction": "sum"}
+        loss = LOSS(*h[:2], target, h[2], temperature=temperature, **options)
+        expected = (jensen_shannon(h, log_probs(target), temperature[:, None]) * weight).sum()
+    else:
+        loss = LOSS(*h[:2], target, h[2], reduction="none", temperature=2.0, balance=0.05, **options)
+        expected = jensen_shannon(h, log_probs(target), 2.0, 0.05)
+    assert_same(results(loss, h), results(expected, h))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("hostile", [*HOSTILE, "both impossible"])
+def test_jensen_shannon_of_hostile_teachers(hostile, dtype):
+    """Would catch NaN where one or both rule a class out, and a divergence beyond log 2."""
+    target, h = teacher(hostile.removeprefix("both "), dtype=dtype), list(leaves(dtype))
+    if hostile == "both impossible":
+        h[2] = h[2].detach().masked_fill(torch.arange(V) < 200, -torch.inf).requires_grad_()
+    loss = LOSS(*h[:2], target, h[2], reality="jensen_shannon", strategy="chunked", reduction="none")
+    assert ((loss >= 0) & (loss <= 0.6932)).all()
+    kept = torch.ones(V, dtype=torch.bool)
+    if hostile == "both impossible":  # PyTorch's own gradient of a logarithm of 0 is NaN
+        kept = torch.arange(V) >= 128
+    exact = [t.detach().double().requires_grad_() for t in h]
+    cut = [exact[0], exact[1][kept], exact[2][kept]]
+    log_p, log_b = torch.log_softmax(F.linear(*cut), -1), log_probs(target)[:, kept]
+    r = (log_p - log_b).nan_to_num(0.0, 1e4, -1e4)
+    near = [q.exp() * (math.log(2) - F.softplus(x)) for q, x in ((log_p, -r), (log_b, r))]
+    expected = 0.5 * (near[0] + near[1]).sum(-1)
+    rtol = 1e-5 if dtype == torch.float32 else 1e-12
+    if hostile == "offset":
+        rtol *= 50  # a logit near 1e4 has a rounding error of 5e-4 in float32
+    for a, b in zip(results(loss, h), results(expected, exact)):
+        assert_within(a, b.nan_to_num(0.0), rtol)
+
+
+def test_jensen_shannon_of_a_student_that_is_the_teacher():
+    """Would catch a divergence found by subtracting entropies, whose rounding is larger than it is."""
+    hidden, weight, bias = leaves(torch.float32)
+    target = tightrope.TeacherTarget(hidden, weight, bias)
+    near = (hidden.detach() + 1e-3 * randn(N, D, seed=7)).requires_grad_()
+    loss = LOSS(near, weight, target, bias, reality="jensen_shannon", reduction="none")
+    h = [t.detach().double() for t in (near, weight, bias)]
+    assert_within(loss, jensen_shannon(h, log_probs(target)), 1e-3)
+    assert LOSS(hidden, weight, target, bias, reality="jensen_shannon").abs() < 1e-12
+
+
+def test_what_jensen_shannon_does_not_offer():
+    """Would catch a second derivative, or a smoothing, that is silently another's."""
+    target, h = teacher(), leaves()
+    for strategy in STRATEGIES:
+        loss = LOSS(*h[:2], target, reality="jensen_shannon", strategy=strategy)
+        with pytest.raises(RuntimeError, match=r'with reality="jensen_shannon", expected gradients'):
+            torch.autograd.grad(loss, h[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r'transform of torch.func, with reality="jensen_shannon"'):
+        torch.func.grad(lambda x: LOSS(x, h[1].detach(), target, reality="jensen_shannon"))(h[0].detach())
+    with pytest.raises(ValueError, match=r"label_smoothing: got 0.1 with reality='jensen_shannon'"):
+        LOSS(*h[:2], target, reality="jensen_shannon", label_smoothing=0.1)
+    with pytest.raises(ValueError, match=r"reality: got 'jensen_shannon' with logits, expected"):
+        tightrope.reality_creativity_loss(F.linear(*h), target, reality="jensen_shannon")
+
+
 # Second order, transforms, compilers
 
 
@@ -338,7 +423,9 @@ def test_transforms():
         assert_within(actual[i], torch.func.grad(one)(both[i], q), 1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"reality": "reverse_kl", "strategy": "streaming"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"reality": "reverse_kl", "strategy": "streaming"}, {"reality": "jensen_shannon"}]
+)
 def test_compiled(options):
     """Would catch a fake whose statistics lack the teacher's rows, or a graph that breaks at a target."""
     h, target = leaves(torch.float32), teacher(dtype=torch.float32)
@@ -357,9 +444,14 @@ def test_flops():
     from torch.utils.flop_counter import FlopCounterMode
 
     target, h = teacher(), leaves()
-    for strategy, count in (("chunked", 3 * D + 7), ("streaming", 4 * D + 3 * 7)):
+    for reality, strategy, count in (
+        ("reverse_kl", "chunked", 3 * D + 7),
+        ("reverse_kl", "streaming", 4 * D + 3 * 7),
+        ("jensen_shannon", "chunked", 5 * D + 2 * 7),
+        ("jensen_shannon", "streaming", 8 * D + 4 * 7),
+    ):
         with FlopCounterMode(display=False) as counter:
-            LOSS(*h[:2], target, strategy=strategy).backward()
+            LOSS(*h[:2], target, strategy=strategy, reality=reality).backward()
         assert counter.get_total_flops() == 2 * N * V * count
 
 

@@ -138,7 +138,8 @@ class TeacherArguments(Arguments):
     teacher_bias: Tensor | None = None  # [V]
     teacher_scale: float = 1.0
     teacher_softcap: float | None = None
-    teacher_form: str = "mass"  # a tile of the target is b; "log": it is log b, b smoothed
+    # What a tile of the target is: b; "log": log b, b smoothed; "mixture": log p - log m, m = (p + b) / 2.
+    teacher_form: str = "mass"
 
 
 @group

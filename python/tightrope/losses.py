@@ -16,7 +16,9 @@ from .coefficients import RowUpstream
 from .statistics import RowStats, StatGrads
 from .targets import square_of_smoothed
 
-REALITY = ("cross_entropy", "squared_error", "reverse_kl")
+REALITY = ("cross_entropy", "squared_error", "reverse_kl", "jensen_shannon")
+# What a tile of a teacher's is, for those losses that take no other target (`TeacherArguments`).
+TEACHER_FORMS = {"reverse_kl": "log", "jensen_shannon": "mixture"}
 CREATIVITY = ("entropy", "collision", "support_entropy")
 
 
@@ -86,6 +88,10 @@ class RealityCreativity(Arguments):
         elif self.reality == "reverse_kl":
             # What p is taken against is log b, smoothed already.
             reality = -stats.entropy - stats.target_prob
+        elif self.reality == "jensen_shannon":
+            # KL(p || m) and -KL(b || m). What the parts gain as m moves cancels, so of the first, with m
+            # fixed, comes the whole gradient.
+            reality = 0.5 * (stats.target_prob - stats.target_log_prob.detach())
         else:
             if target_square is None:  # a teacher's is among the statistics
                 target_square = square_of_smoothed(stats.target_collision, 1.0, self.vocab_size, smoothing)
@@ -119,6 +125,8 @@ class RealityCreativity(Arguments):
                 grads["mean_log_prob"] = -smoothing * to_reality
         elif self.reality == "reverse_kl":
             grads["entropy"] = grads["target_prob"] = -to_reality
+        elif self.reality == "jensen_shannon":
+            grads["target_prob"] = 0.5 * to_reality
         else:
             grads["target_prob"] = -keep * to_reality
             grads["collision"] = 0.5 * to_reality
@@ -136,7 +144,7 @@ class RealityCreativity(Arguments):
     def upstream(self, balance: Tensor, upstream: Tensor) -> Tensor:
         """`gradients` without the statistics: [UPSTREAM, rows], for a fused kernel.
 
-        It has no set, and no teacher, so no reverse KL.
+        It has no set, and no teacher, so none of the losses that want one.
         """
         to_reality, to_creativity = upstream * (1.0 - balance), upstream * balance
         keep = 1.0 - self.label_smoothing

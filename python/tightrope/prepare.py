@@ -19,7 +19,7 @@ from . import tokens as _tokens
 from .ambient import has_values, may_read, transformed
 from .arguments import LinearArguments, LogitsArguments, SetArguments, TokenTarget, Transform
 from .distributed.layout import Agreement
-from .losses import RealityCreativity, warn_beyond_cliff
+from .losses import TEACHER_FORMS, RealityCreativity, warn_beyond_cliff
 from .statistics import RowStats
 from .strategies import plan
 from .strategies.problem import arithmetic_dtype
@@ -214,7 +214,7 @@ class Rows:
     def shaped(self, stats: RowStats, has_target: bool = True) -> RowStats:
         """Detached statistics in the tokens' shape."""
         detached = RowStats(*(None if s is None else s.detach() for s in stats))
-        if self.target.teacher_form == "log":  # they are inner products with log b
+        if self.target.teacher_form != "mass":  # they are inner products with something else than b
             detached = detached._replace(target_logit=None, target_prob=None, target_log_prob=None)
         return _tokens.unflatten(detached, self.space.tokens, has_target)
 
@@ -267,13 +267,14 @@ def weighted_rows(
 
     With class weights label smoothing is part of the target, and no more of the loss.
     """
-    if family.reality == "reverse_kl":
-        target_checks.teacher_alone(target, family.reality)
+    form = TEACHER_FORMS.get(family.reality)
+    if form is not None:
+        target_checks.teacher_alone(target, family, space.owner)
     if class_weight is None:
         found = rows_of(space, target, **rows)
-        if family.reality == "reverse_kl":
-            form = {"teacher_form": "log", "smoothing": family.label_smoothing}
-            found = replace(found, target=replace(found.target, **form))
+        if form is not None:
+            formed = replace(found.target, teacher_form=form, smoothing=family.label_smoothing)
+            found = replace(found, target=formed)
         return found, family
     validation.class_weight(class_weight, space.vocab_size, space.device, family.reality)
     smoothing = family.label_smoothing

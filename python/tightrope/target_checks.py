@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .losses import RealityCreativity
 from .targets import TeacherTarget, TopKTarget
 from .validation import FLOATING, INTEGER, number, same_device, tensor
 
@@ -35,12 +36,25 @@ def target(value: object, tokens: torch.Size, vocab_size: int, device: torch.dev
     same_device(owner, device, target=value)
 
 
-def teacher_alone(value: object, reality: str) -> None:
-    """Raise ValueError where the target of a loss that takes a teacher's alone is another."""
+def teacher_alone(value: object, family: RealityCreativity, owner: str) -> None:
+    """Raise ValueError where a loss that takes a teacher's target alone is given what it does not take."""
+    reality = family.reality
     if not isinstance(value, TeacherTarget):
         raise ValueError(
             f"target: got {type(value).__name__} with reality={reality!r}, expected a "
-            "tightrope.TeacherTarget; for other targets docs/recipes.md has it as a loss of your own"
+            "tightrope.TeacherTarget; of others docs/recipes.md has the reverse KL as a loss of your own"
+        )
+    if reality != "jensen_shannon":
+        return
+    if owner != "input":
+        raise ValueError(
+            f"reality: got {reality!r} with logits, expected hidden states and a head: it makes the "
+            "student's logits more than once"
+        )
+    if family.label_smoothing:
+        raise ValueError(
+            f"label_smoothing: got {family.label_smoothing:g} with reality={reality!r}, expected 0: the "
+            "mixture of teacher and student is smooth where either is"
         )
 
 

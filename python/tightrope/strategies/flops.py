@@ -34,31 +34,37 @@ def _counted(input: Tensor, arguments) -> int:
     return int(valid.sum())
 
 
-def _of_teacher(rows: int, arguments, count: int) -> int:
-    """FLOPs of so many passes over a teacher's logits, where there is one."""
-    return 0 if arguments.teacher_weight is None else _products(rows, arguments.teacher_weight, count)
+def _of_teacher(rows: int, weight: Tensor, arguments, count: int, mixed: int = 1) -> int:
+    """FLOPs of so many passes over a teacher's logits, or over both heads' for their mixture."""
+    if arguments.teacher_weight is None:
+        return 0
+    if arguments.teacher_form != "mixture":
+        return _products(rows, arguments.teacher_weight, count)
+    return _products(rows, arguments.teacher_weight, mixed) + _products(rows, weight, mixed)
 
 
 def _linear_stats(input, weight, bias, arguments):
     # For a set of classes the logits are made twice; so are a teacher's, which are normalised first.
     rows = _counted(input, arguments)
-    of_teacher = _of_teacher(rows, arguments, 2)
+    of_teacher = _of_teacher(rows, weight, arguments, 2, 3)
     return of_teacher + _products(rows, weight, 1 if RowSets.of(arguments) is None else 2)
 
 
 def _linear_stats_backward(summary, coef, needs, input, weight, bias, arguments):
     rows = _counted(input, arguments)
-    of_teacher = _of_teacher(rows, arguments, 1)
+    of_teacher = _of_teacher(rows, weight, arguments, 1)
     return of_teacher + _products(rows, weight, 1 + needs.input_grad + needs.weight_grad)
 
 
 def _linear_loss(row_scale, balance, target_square, family, needs, input, weight, bias, arguments):
-    return _linear_stats_backward(None, None, needs, input, weight, bias, arguments)
+    rows = _counted(input, arguments)
+    of_teacher = _of_teacher(rows, weight, arguments, 1, 2)
+    return of_teacher + _products(rows, weight, 1 + needs.input_grad + needs.weight_grad)
 
 
 def _chunk_stats(memory, span, input, weight, bias, arguments):
     rows = span.stop - span.start
-    return _of_teacher(rows, arguments, 1) + _products(rows, weight, 1)
+    return _of_teacher(rows, weight, arguments, 1) + _products(rows, weight, 1)
 
 
 def _chunk_gradients(
@@ -74,7 +80,7 @@ def _moved(direction) -> int:
 
 def _linear_tangent(summary, direction, input, weight, bias, arguments):
     rows = _counted(input, arguments)
-    return _of_teacher(rows, arguments, 1) + _products(rows, weight, 1 + _moved(direction))
+    return _of_teacher(rows, weight, arguments, 1) + _products(rows, weight, 1 + _moved(direction))
 
 
 def _linear_curvature(
@@ -85,7 +91,7 @@ def _linear_curvature(
     count = (1 if held else 2) * (1 + _moved(direction))
     count += needs.input_grad * (1 + moves_head)
     count += needs.weight_grad * (1 + (direction.input_tangent is not None))
-    return _of_teacher(rows, arguments, 2) + _products(rows, weight, count)
+    return _of_teacher(rows, weight, arguments, 2) + _products(rows, weight, count)
 
 
 def _linear_target_grad(summary, slopes, input, weight, bias, arguments):

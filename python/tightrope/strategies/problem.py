@@ -24,7 +24,6 @@ from ..statistics import (
     summarise,
     summarise_sides,
     summary_rows,
-    teacher_norm,
 )
 from ..support import RowSets
 from ..targets import Target, TargetChunk, out_of_range
@@ -110,14 +109,13 @@ class _Scored:
         summary [SUMMARY, N]: of all rows, where it is known; else a teacher is to be measured first.
         """
         rows, first, step = self.rows, start == 0, self.exchange.step(start, stop)
-        taught = None if self.teacher is None else self.teacher.chunk(start, stop)
+        whole = start, stop
         start, stop = self.exchange.own(start, stop)
         where = rows.where(start, stop)
         target = self.target.chunk(start, stop, rows.kept, self.dtype, self.offset)
-        if taught is not None:
-            norm = None if summary is None else teacher_norm(summary)[:, where]
-            form, smoothing = self.target.teacher_form, self.target.smoothing
-            target = replace(target, dense=TeacherRows(self.teacher, taught, form, smoothing, norm))
+        if self.teacher is not None:
+            known = None if summary is None else summary[:, where]
+            target = replace(target, dense=TeacherRows.of(self, whole, known))
         return Chunk(
             first,
             stop - start,
@@ -227,7 +225,7 @@ class _Scored:
                 self.row_sides(raw, sides, which, chunk, tile)
             summary = torch.cat([summary, summarise_sides(own.step.collect_sides(sides))])
         if self.teacher is not None:
-            summary = torch.cat([summary, chunk.target.dense.summary])
+            summary = chunk.target.dense.completed(summary)
         return summary if own.active is None else summary.masked_fill(~own.active, 0.0), argmax
 
 
