@@ -320,6 +320,14 @@ def reverse_kl_to_whole_teacher(s):
     return (z.softmax(-1) * (z.log_softmax(-1) - b.log())).sum(-1).mean()
 
 
+def jensen_shannon(s):
+    """A mixture of other tokens, or the gradient of one of its two parts."""
+    z, t = taught(s)
+    p, b = z.softmax(-1), t.softmax(-1)
+    m = (p + b) / 2
+    return 0.5 * ((p * (p / m).log()).sum(-1) + (b * (b / m).log()).sum(-1)).mean()
+
+
 def grpo(s):
     """A clip on the wrong side for one sign of the advantage, or row_args at another position."""
     keep, log_p = s.labels[:, 1:] != -100, label_log_probs(s)
@@ -370,6 +378,7 @@ REFERENCES = {
     "Cross-entropy and distillation in one target": one_target,
     "A whole teacher": whole_teacher,
     "Reverse KL to a whole teacher": reverse_kl_to_whole_teacher,
+    "Jensen-Shannon to a whole teacher": jensen_shannon,
     "Reverse KL": reverse_kl,
     "Reverse KL to a teacher's top k": reverse_kl_top_k,
     "The top k and the tail as one bucket": with_tail,

@@ -7,6 +7,7 @@ trial; every trial is named in what it reports.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,25 @@ def test_a_teacher(ranks, size, rows):
         if rows == "replicated":
             trials.append(Trial(**layout, **common, function="logits", leaves=("weight", "bias")))
     check(ranks(size), share(trials, size))
+
+
+def cut_otherwise(rank: int) -> str:
+    trial = Trial((20, 9), target="teacher")
+    part = part_of(trial, rank)
+    target = part["target"]
+    if rank == 1:
+        target = replace(target, weight=target.weight[1:], bias=target.bias[1:])
+    head, parallels = (part["input"], part["weight"], target, part["bias"]), parallel(trial, rank)
+    with pytest.raises(ValueError) as raised:
+        tightrope.linear_reality_creativity_loss(*head, vocab_parallel=parallels)
+    return str(raised.value)
+
+
+def test_a_teacher_that_is_cut_otherwise(ranks):
+    """Would catch a rank that waits for one whose teacher was refused."""
+    message = "target.weight: got shape [8, 3], expected [9, 3]"
+    other, own = ranks(2).run(cut_otherwise)
+    assert own.startswith(message) and message in other and "rank 1 of 2" in other
 
 
 TENSORS = [

@@ -125,9 +125,10 @@ def linear_reality_creativity_loss(
         (1 - balance) * reality + balance * creativity + z_loss * lse^2 + logit_l2 / 2 * sum(z^2)
 
     where reality is ``"cross_entropy"``, ``"squared_error"`` (half the squared distance of p to the target)
-    or ``"reverse_kl"`` (KL(p || b), of a :class:`TeacherTarget` alone), and creativity is ``"entropy"`` (-H,
-    in nats), ``"collision"`` (log of sum p^2) or ``"support_entropy"`` (the negative entropy of p within the
-    set ``support``, renormalised). The best model of ``"entropy"`` gives every class of the vocabulary the
+    or, of a :class:`TeacherTarget` alone, ``"reverse_kl"`` (KL(p || b)) or ``"jensen_shannon"`` (half of
+    KL(p || m) + KL(b || m), ``m = (p + b) / 2``), and creativity is ``"entropy"`` (-H, in nats),
+    ``"collision"`` (log of sum p^2) or ``"support_entropy"`` (the negative entropy of p within the set
+    ``support``, renormalised). The best model of ``"entropy"`` gives every class of the vocabulary the
     same floor, ``exp(-H - (1 - balance) / balance)``: at V 49152 and a balance of 0.15 that is half of its
     mass even where the answer is certain. The others leave impossible classes alone (docs/mathematics.md).
     The defaults are ``F.cross_entropy(input @ weight.T, target)``. After Sinha, Song and Zhou
@@ -195,7 +196,7 @@ def linear_reality_creativity_loss(
     Raises:
         TypeError, ValueError: an argument is not as above.
         RuntimeError: where a derivative of third order is asked for, or forward mode of forward mode; or of
-            second order with vocab_parallel, or by a target's probabilities.
+            second order with vocab_parallel, with ``"jensen_shannon"``, or by a target's probabilities.
         IndexError: a class outside [0, V) that is not ignore_index. On a GPU that is not looked at (the loss
             of such a token is NaN) unless TIGHTROPE_DEBUG=1.
     """
