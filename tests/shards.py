@@ -7,7 +7,7 @@ compared is the loss, the statistics and every gradient, put together from the r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -73,6 +73,10 @@ def whole(trial: Trial) -> dict[str, object]:
         made["target"] = top_k((rows,), vocab, seed=10, dtype=F64)
     elif trial.target == "dense":
         made["target"] = torch.softmax(randn(rows, vocab, seed=10, dtype=F64), -1)
+    elif trial.target == "teacher":
+        hidden, weight = randn(rows, 3, seed=10, dtype=F64), randn(vocab, 3, seed=11, dtype=F64)
+        bias = randn(vocab, seed=12, dtype=F64)
+        made["target"] = tightrope.TeacherTarget(hidden, weight, bias, logit_scale=1.5, softcap=3.0)
     else:
         made["target"] = None
     return made
@@ -179,6 +183,11 @@ def part_of(trial: Trial, rank: int) -> dict[str, object]:
             part[name] = torch.cat([value, filling])[start : start + size]
         elif name == "target" and isinstance(value, tightrope.TopKTarget):
             part[name] = tightrope.TopKTarget(value.indices[mine], value.probs[mine])
+        elif name == "target" and trial.target == "teacher":
+            filling = value.weight.new_full((beyond, 4), torch.nan)
+            own = torch.cat([value.weight, filling[:, 1:]])[start : start + size]
+            bias = torch.cat([value.bias, filling[:, 0]])[start : start + size]
+            part[name] = replace(value, hidden=value.hidden[mine], weight=own, bias=bias)
         elif name == "target" and trial.target == "dense" and trial.rows == "replicated":
             filling = value.new_full((value.shape[0], beyond), torch.nan)
             part[name] = torch.cat([value, filling], 1)[:, start : start + size]

@@ -126,6 +126,9 @@ def test_the_truth_is_the_reference(scenario, loss, monkeypatch):
     assert len(kept) == 10 and 20 <= len(kept_head) <= 40
     hidden, weight = (t.detach().double().requires_grad_() for t in (step.hidden, step.weight))
     target = step.target if step.probs is None else tightrope.TopKTarget(step.target, step.probs.double())
+    if scenario == "teacher":
+        teacher_hidden, teacher_weight = (t.double() for t in step.teacher)
+        target = torch.softmax(teacher_hidden @ teacher_weight.T, -1)
     if scenario == "rl":
         b, _ = reference.dense_target(target, case.vocab, dtype=torch.float64)
         stats = reference.row_stats(reference.logits(hidden, weight), b)

@@ -11,6 +11,7 @@ import itertools
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -62,7 +63,9 @@ def problem(trial: Trial) -> dict:
     made = whole(trial)
     for name in ("input", "target", "upstream", "classes", *PER_TOKEN):
         value = made[name]
-        if isinstance(value, tightrope.TopKTarget):
+        if isinstance(value, tightrope.TeacherTarget):
+            made[name] = replace(value, hidden=value.hidden.unflatten(0, BATCH))
+        elif isinstance(value, tightrope.TopKTarget):
             made[name] = tightrope.TopKTarget(*(part.unflatten(0, BATCH) for part in value))
         elif value is not None:
             made[name] = value.unflatten(0, BATCH)
@@ -83,7 +86,11 @@ def spread(made: dict, layout, others: str) -> dict:
         return parts
     for name in ("classes", "class_weight", "target", *PER_TOKEN):
         cut = rows if others == "cut" and name not in ("class_weight", "balance") else everywhere
-        if parts[name] is not None:
+        if isinstance(parts[name], tightrope.TeacherTarget):
+            target = parts[name]
+            own = {part: placed(getattr(target, part), mesh, head) for part in ("weight", "bias")}
+            parts[name] = replace(target, hidden=placed(target.hidden, mesh, cut), **own)
+        elif parts[name] is not None:
             parts[name] = placed(parts[name], mesh, cut)
     return parts
 
@@ -140,6 +147,17 @@ def test_every_layout(ranks, shape):
     each = itertools.product(enumerate(LAYOUTS), enumerate(kinds))
     cases = [(kind, layout, next(others)) for (i, layout), (j, kind) in each if (i + j) % 2]
     check(ranks(4), [case for case in cases if case[1][0] == shape])
+
+
+def test_a_teacher(ranks):
+    """Would catch a teacher whose head is not cut as the student's, or whose tokens are another rank's."""
+    kinds = [
+        trial(strategy="chunked", target="teacher", workspace_mb=2e-3),
+        trial(strategy="streaming", target="teacher", reality="reverse_kl"),
+    ]
+    layouts = [layout for layout in LAYOUTS if layout[0] == (4,)]
+    others = itertools.cycle(("cut", "plain", "whole"))
+    check(ranks(4), list(zip(itertools.cycle(kinds), layouts, others)))
 
 
 @pytest.mark.parametrize("others", ["cut", "plain"])

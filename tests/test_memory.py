@@ -94,6 +94,28 @@ def test_sets_of_classes(strategy):
     assert growth < 80 < logits_mib(2048) / 4, f"grew by {growth:.0f} MiB"
 
 
+TEACHER = """
+ROWS, V, D, OWN = 1024, 50257, 16, 32
+weight = torch.randn(V, D).requires_grad_()
+head, teacher = torch.randn(V, OWN), torch.randn(ROWS, OWN)
+def step(rows):
+    hidden = torch.randn(rows, D).requires_grad_()
+    target = {target}
+    tightrope.linear_reality_creativity_loss(hidden, weight, target, workspace_mb=16, {options}).backward()
+"""
+
+
+@pytest.mark.parametrize("options", ["strategy='chunked'", "strategy='streaming'", "reality='reverse_kl'"])
+def test_a_teacher(options):
+    """Would catch a teacher's distribution that is whole in memory, or its head converted whole.
+
+    A third of the dense target alone, without what its softmax took.
+    """
+    target = "tightrope.TeacherTarget(teacher[:rows].bfloat16(), head.bfloat16())"
+    growth = growth_in_child(TEACHER.format(target=target, options=options))
+    assert growth < logits_mib(1024) / 3, f"grew by {growth:.0f} MiB"
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -299,6 +299,35 @@ def kl_to_reference(s):
     return (log_ratio.exp() - 1 - log_ratio).mean()
 
 
+def taught(s):
+    """(log p of the student, log b of the teacher) of the tokens that count."""
+    keep = F.pad(s.labels[:, 1:] != -100, (0, 1))
+    return s.lm_head(s.hidden[keep]), s.teacher_hidden[keep].double() @ s.teacher_head.weight.detach().t()
+
+
+def whole_teacher(s):
+    """A teacher at the student's temperature, an entropy of other tokens, or a gradient to the teacher."""
+    z, t = taught(s)
+    log_p, log_b = ((x / 2).log_softmax(-1) for x in (z, t))
+    kl = (log_b.exp() * (log_b - log_p)).sum(-1).mean()
+    return -(log_b.exp() * log_p).sum(-1).mean(), {"kl": kl.detach()}
+
+
+def reverse_kl_to_whole_teacher(s):
+    """A smoothing that is the student's, or none."""
+    z, t = taught(s)
+    b = 0.99 * t.softmax(-1) + 0.01 / 500
+    return (z.softmax(-1) * (z.log_softmax(-1) - b.log())).sum(-1).mean()
+
+
+def jensen_shannon(s):
+    """A mixture of other tokens, or the gradient of one of its two parts."""
+    z, t = taught(s)
+    p, b = z.softmax(-1), t.softmax(-1)
+    m = (p + b) / 2
+    return 0.5 * ((p * (p / m).log()).sum(-1) + (b * (b / m).log()).sum(-1)).mean()
+
+
 def grpo(s):
     """A clip on the wrong side for one sign of the advantage, or row_args at another position."""
     keep, log_p = s.labels[:, 1:] != -100, label_log_probs(s)
@@ -347,6 +376,9 @@ REFERENCES = {
     "DFT": dft,
     "Entropy gate": entropy_gate,
     "Cross-entropy and distillation in one target": one_target,
+    "A whole teacher": whole_teacher,
+    "Reverse KL to a whole teacher": reverse_kl_to_whole_teacher,
+    "Jensen-Shannon to a whole teacher": jensen_shannon,
     "Reverse KL": reverse_kl,
     "Reverse KL to a teacher's top k": reverse_kl_top_k,
     "The top k and the tail as one bucket": with_tail,

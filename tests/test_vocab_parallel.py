@@ -7,6 +7,7 @@ trial; every trial is named in what it reports.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,46 @@ def test_losses_targets_and_strategies(ranks, size, rows):
         )
     ]
     check(ranks(size), share(trials, size))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@both
+def test_a_teacher(ranks, size, rows):
+    """Would catch a teacher normalised over a rank's classes alone, or by other rows' maxima."""
+    common = {"target": "teacher"}
+    small = {"workspace_mb": 2e-3}  # shared with the teacher
+    losses = [LOSSES[3], {"reality": "reverse_kl", "label_smoothing": 0.1}, {"reality": "jensen_shannon"}]
+    trials = [
+        Trial(**layout, **common, options={**loss, "strategy": strategy, **small})
+        for layout, loss, strategy in itertools.product(layouts(size, rows), losses, STRATEGIES)
+    ]
+    for layout, strategy in itertools.product(layouts(size, rows), STRATEGIES):
+        options = {"reduction": "none", "skip_ignored": strategy == "chunked", **small}
+        trials.append(Trial(**layout, **common, tensors=("row_weight",), options=options))
+        options = {"strategy": strategy, **small}
+        trials.append(Trial(**layout, **common, function="own", options=options))
+        if rows == "replicated":
+            trials.append(Trial(**layout, **common, function="logits", leaves=("weight", "bias")))
+    check(ranks(size), share(trials, size))
+
+
+def cut_otherwise(rank: int) -> str:
+    trial = Trial((20, 9), target="teacher")
+    part = part_of(trial, rank)
+    target = part["target"]
+    if rank == 1:
+        target = replace(target, weight=target.weight[1:], bias=target.bias[1:])
+    head, parallels = (part["input"], part["weight"], target, part["bias"]), parallel(trial, rank)
+    with pytest.raises(ValueError) as raised:
+        tightrope.linear_reality_creativity_loss(*head, vocab_parallel=parallels)
+    return str(raised.value)
+
+
+def test_a_teacher_that_is_cut_otherwise(ranks):
+    """Would catch a rank that waits for one whose teacher was refused."""
+    message = "target.weight: got shape [8, 3], expected [9, 3]"
+    other, own = ranks(2).run(cut_otherwise)
+    assert own.startswith(message) and message in other and "rank 1 of 2" in other
 
 
 TENSORS = [

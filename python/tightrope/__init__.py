@@ -15,7 +15,7 @@ from .modules import LinearRealityCreativityLoss, RealityCreativityLoss
 from .statistics import RowStats
 from .strategies import flops as _flops  # noqa: F401
 from .support import Classes, MinP
-from .targets import TopKTarget
+from .targets import TeacherTarget, TopKTarget
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "MinP",
     "RealityCreativityLoss",
     "RowStats",
+    "TeacherTarget",
     "TopKTarget",
     "VocabParallel",
     "integrations",

@@ -130,7 +130,20 @@ class TileArguments(Transform, _TileRows, TargetArguments):
 
 
 @group
-class TokenTarget(TargetArguments):
+class TeacherArguments(Arguments):
+    """The head whose softmax is the target of all rows; its hidden states are shifted already."""
+
+    teacher_input: Tensor | None = None  # [N, its own D]
+    teacher_weight: Tensor | None = None  # [V, its own D]
+    teacher_bias: Tensor | None = None  # [V]
+    teacher_scale: float = 1.0
+    teacher_softcap: float | None = None
+    # What a tile of the target is: b; "log": log b, b smoothed; "mixture": log p - log m, m = (p + b) / 2.
+    teacher_form: str = "mass"
+
+
+@group
+class TokenTarget(TeacherArguments, TargetArguments):
     """The target of all rows, and which rows count."""
 
     valid: Tensor | None = None  # [N] bool: the rows that count; None: all
@@ -186,3 +199,8 @@ class LinearArguments(LogitsArguments):
 
     skip: bool = True  # rows that do not count are gathered out, else masked
     workspace: int = 0  # bytes
+
+    @property
+    def budget(self) -> int:
+        """Bytes of the workspace for logits; beside them a teacher's take as much."""
+        return self.workspace if self.teacher_weight is None else self.workspace // 2

@@ -22,7 +22,7 @@ from .statistics import RowStats
 from .strategies import ops, own, row_losses, soft, soft_ops
 from .strategies.chunked import Needs
 from .targets import Target
-from .theta import mass_needed, of_arguments, statistics, upstream_of
+from .theta import constants, fields_of, mass_needed, of_arguments, statistics, upstream_of
 
 
 def _wanted(gradients, needed) -> tuple[Tensor | None, ...]:
@@ -42,7 +42,7 @@ def _of_group(to_temperature: Tensor | None, group: type[Arguments]) -> tuple[Te
 class LinearVocabStats(Function):
     """(input [N, D], weight [V, D], bias [V], *LinearArguments) -> the fields of RowStats, [N] each.
 
-    The last three are there with a set of classes only.
+    Those of a set of classes, and of a teacher, are there where one is given.
     """
 
     @staticmethod
@@ -52,15 +52,16 @@ class LinearVocabStats(Function):
         ctx.save_for_backward(summary, input, weight, bias, *arguments.tensors())
         ctx.others = arguments.others()
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(argmax)
-        return statistics(summary, argmax)
+        outputs = statistics(summary, argmax)
+        ctx.mark_non_differentiable(*constants(outputs, arguments))
+        return outputs
 
     @staticmethod
     def backward(ctx, *grads):
         summary, input, weight, bias, *tensors = ctx.saved_tensors
         arguments = LinearArguments.join(tensors, ctx.others)
         needed = (*ctx.needs_input_grad[:3], _temperature_needed(ctx, 3, LinearArguments))
-        mass, upstream = mass_needed(ctx, 3, arguments), upstream_of(grads)
+        mass, upstream = mass_needed(ctx, 3, arguments), upstream_of(grads, arguments)
         if differentiable():
             values = (input, weight, bias)
             return pulled_back(ctx.needs_input_grad, mass, summary, upstream, values, arguments)
@@ -84,15 +85,16 @@ class LogitsVocabStats(Function):
         ctx.save_for_backward(summary, logits, *arguments.tensors())
         ctx.others = arguments.others()
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(argmax)
-        return statistics(summary, argmax)
+        outputs = statistics(summary, argmax)
+        ctx.mark_non_differentiable(*constants(outputs, arguments))
+        return outputs
 
     @staticmethod
     def backward(ctx, *grads):
         summary, logits, *tensors = ctx.saved_tensors
         arguments = LogitsArguments.join(tensors, ctx.others)
         needed = (ctx.needs_input_grad[0], _temperature_needed(ctx, 1, LogitsArguments))
-        mass, upstream = mass_needed(ctx, 1, arguments), upstream_of(grads)
+        mass, upstream = mass_needed(ctx, 1, arguments), upstream_of(grads, arguments)
         if differentiable():
             flags = (needed[0], False, False, *ctx.needs_input_grad[1:])
             values = (logits, None, None)
@@ -115,15 +117,19 @@ def linear_row_stats(
 ) -> RowStats:
     """The statistics of each row [N] of hidden states under a head, in whatever way is differentiated."""
     if transformed():
-        return RowStats(*VocabStats.apply(input, weight, bias, *arguments.flat())[:-1])
-    return RowStats(*LinearVocabStats.apply(input, weight, bias, *arguments.flat()))
+        values = VocabStats.apply(input, weight, bias, *arguments.flat())
+    else:
+        values = LinearVocabStats.apply(input, weight, bias, *arguments.flat())
+    return RowStats(**dict(zip(fields_of(arguments), values)))
 
 
 def logits_row_stats(logits: Tensor, arguments: LogitsArguments) -> RowStats:
     """The same of logits."""
     if transformed():
-        return RowStats(*VocabStats.apply(logits, None, None, *arguments.flat())[:-1])
-    return RowStats(*LogitsVocabStats.apply(logits, *arguments.flat()))
+        values = VocabStats.apply(logits, None, None, *arguments.flat())
+    else:
+        values = LogitsVocabStats.apply(logits, *arguments.flat())
+    return RowStats(**dict(zip(fields_of(arguments), values)))
 
 
 class ChunkedLoss(Function):

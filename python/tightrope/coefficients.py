@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .statistics import SUMMARY, StatGrads, named
+from .statistics import SUMMARY, StatGrads, has_set, named
 
 
 class RowCoefficients(NamedTuple):
@@ -63,7 +63,7 @@ def row_coefficients(summary: Tensor, grads: StatGrads, vocab_size: int) -> Tens
     if grads.logit_square_sum is not None:
         logit = 2 * grads.logit_square_sum
     whole = RowCoefficients(prob, prob_log_prob, prob_square, target, target_prob, logit, constant)
-    if len(summary) == len(SUMMARY):
+    if not has_set(summary):
         return torch.stack(whole)
     return torch.stack([*_of_side(whole, s, grads, "rest"), *_of_side(whole, s, grads, "set")])
 
@@ -110,7 +110,7 @@ def coefficient_tangent(summary: Tensor, tangent: Tensor, grads: StatGrads) -> T
     if grads.target_prob is not None:
         prob = prob - grads.target_prob * d["target_prob"]
     moved = RowCoefficients(*(zero,) * 7)._replace(prob=prob)
-    if len(summary) == len(SUMMARY):
+    if not has_set(summary):
         return torch.stack(moved)
     whole = RowCoefficients(*row_coefficients(summary[: len(SUMMARY)], grads, 1))
     return torch.stack(

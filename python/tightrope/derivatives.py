@@ -27,13 +27,14 @@ from torch.autograd import Function
 from .ambient import differentiable
 from .arguments import LogitsArguments
 from .coefficients import row_coefficients
-from .statistics import OF_SUPPORT, RowStats, StatGrads, row_stats
+from .statistics import FLOATING, StatGrads, row_stats
 from .strategies import ops, soft, soft_ops, tangent_ops
 from .strategies.chunked import Needs
 from .strategies.tangents import Direction
-from .support import RowSets
 from .theta import (
     Saved,
+    constants,
+    fields_of,
     grads_of_summary,
     group_of,
     kept,
@@ -63,6 +64,10 @@ _MASSES_TWICE = (
     "tightrope: got a derivative of a gradient by a target's probabilities, or of these in forward mode, "
     "expected one of first order by backward; for that part of a loss take F.cross_entropy of logits"
 )
+_MIXED = (
+    'tightrope: got a derivative of a gradient, or a transform of torch.func, with reality="jensen_shannon", '
+    "expected gradients of first order by backward: its mixture moves with the student"
+)
 _SHARED = (
     "tightrope: got a derivative of a gradient, or forward mode, with vocab_parallel, expected gradients of "
     "first order where ranks hold the vocabulary together"
@@ -73,6 +78,12 @@ def refuse_shared(arguments: LogitsArguments) -> None:
     """Raise RuntimeError where ranks hold the vocabulary together."""
     if arguments.group is not None:
         raise RuntimeError(_SHARED)
+
+
+def _refuse_mixture(arguments: LogitsArguments) -> None:
+    """Raise RuntimeError where the target moves with what is differentiated."""
+    if arguments.teacher_form == "mixture":
+        raise RuntimeError(_MIXED)
 
 
 def _refuse_tangents_of_targets(tangents: tuple, weight: Tensor | None) -> None:
@@ -87,6 +98,7 @@ def pulled_back(
 
     flags: which of them are wanted; mass: whether those of the target's masses are.
     """
+    _refuse_mixture(arguments)
     needed = of_theta(flags, values[1])
     name, guarded = mass_of(arguments), arguments
     if name is not None and differentiable():
@@ -104,12 +116,13 @@ def pulled_back(
 class VocabStats(Function):
     """(input, weight, bias, *arguments) -> (the fields of RowStats [N] each, summary).
 
-    The last three fields are there with a set of classes only.
+    The fields of a set of classes, and of a teacher, are there where one is given.
     """
 
     @staticmethod
     def forward(input, weight, bias, *flat):
         arguments = group_of(weight)(*flat)
+        _refuse_mixture(arguments)
         operator = ops.logits_stats if weight is None else ops.linear_stats
         summary, argmax = operator(*values_of(input, weight, bias), arguments)
         return *statistics(summary, argmax), summary
@@ -117,14 +130,14 @@ class VocabStats(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, weight, bias, *flat = inputs
-        ctx.mark_non_differentiable(output[RowStats._fields.index("argmax")], output[-1])
+        ctx.mark_non_differentiable(*constants(output, group_of(weight)(*flat)), output[-1])
         Saved.save(ctx, output[-1:], input, weight, bias, flat)
 
     @staticmethod
     def backward(ctx, *grads):
         (summary,), values, arguments = Saved.load(ctx)
         wanted = ctx.needs_input_grad, mass_needed(ctx, 3, arguments)
-        return pulled_back(*wanted, summary, upstream_of(grads[:-1]), values, arguments)
+        return pulled_back(*wanted, summary, upstream_of(grads[:-1], arguments), values, arguments)
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -132,15 +145,13 @@ class VocabStats(Function):
         _refuse_tangents_of_targets(tangents, values[1])
         direction = of_theta(tangents, values[1])
         (tangent,) = StatsTangent.apply(summary, *direction, *values, *arguments.flat())
-        fields = row_stats(tangent, None)._asdict()
-        present = [name for name in RowStats._fields if name == "argmax" or fields[name] is not None]
-        return *(fields[name] for name in present), None
+        moved = row_stats(tangent, None)
+        return *(getattr(moved, n) if n in FLOATING else None for n in fields_of(arguments)), None
 
     @staticmethod
     def vmap(info, dims, *given):
         arguments = group_of(given[1])(*given[3:])
-        fields = len(RowStats._fields) - (0 if RowSets.of(arguments) else len(OF_SUPPORT))
-        outputs = (*(ROWS,) * fields, COLUMNS)
+        outputs = (*(ROWS for _ in fields_of(arguments)), COLUMNS)
         return batched(VocabStats, info.batch_size, dims, given, of_values(type(arguments)), outputs)
 
 

@@ -33,7 +33,7 @@ from .prepare import (
 from .statistics import RowStats, row_stats
 from .strategies.own import evaluate
 from .support import Classes, MinP
-from .targets import TopKTarget
+from .targets import TeacherTarget, TopKTarget
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 def linear_reality_creativity_loss(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget,
+    target: Tensor | TopKTarget | TeacherTarget,
     bias: Tensor | None = None,
     *,
     return_stats: Literal[False] = False,
@@ -67,7 +67,7 @@ def linear_reality_creativity_loss(
 def linear_reality_creativity_loss(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget,
+    target: Tensor | TopKTarget | TeacherTarget,
     bias: Tensor | None = None,
     *,
     return_stats: Literal[True],
@@ -79,7 +79,7 @@ def linear_reality_creativity_loss(
 def linear_reality_creativity_loss(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget,
+    target: Tensor | TopKTarget | TeacherTarget,
     bias: Tensor | None = None,
     *,
     return_stats: bool,
@@ -91,7 +91,7 @@ def linear_reality_creativity_loss(
 def linear_reality_creativity_loss(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget,
+    target: Tensor | TopKTarget | TeacherTarget,
     bias: Tensor | None = None,
     *,
     balance: Number | Tensor = 0.0,
@@ -124,13 +124,15 @@ def linear_reality_creativity_loss(
 
         (1 - balance) * reality + balance * creativity + z_loss * lse^2 + logit_l2 / 2 * sum(z^2)
 
-    where reality is ``"cross_entropy"`` or ``"squared_error"`` (half the squared distance of p to the
-    target) and creativity is ``"entropy"`` (-H, in nats), ``"collision"`` (log of sum p^2) or
-    ``"support_entropy"`` (the negative entropy of p within the set ``support``, renormalised). The best model
-    of ``"entropy"`` gives every class of the vocabulary the same floor,
-    ``exp(-H - (1 - balance) / balance)``: at V 49152 and a balance of 0.15 that is half of its mass even
-    where the answer is certain. The others leave impossible classes alone (docs/mathematics.md). The defaults
-    are ``F.cross_entropy(input @ weight.T, target)``. After Sinha, Song and Zhou (arXiv 2306.02295).
+    where reality is ``"cross_entropy"``, ``"squared_error"`` (half the squared distance of p to the target)
+    or, of a :class:`TeacherTarget` alone, ``"reverse_kl"`` (KL(p || b)) or ``"jensen_shannon"`` (half of
+    KL(p || m) + KL(b || m), ``m = (p + b) / 2``), and creativity is ``"entropy"`` (-H, in nats),
+    ``"collision"`` (log of sum p^2) or ``"support_entropy"`` (the negative entropy of p within the set
+    ``support``, renormalised). The best model of ``"entropy"`` gives every class of the vocabulary the
+    same floor, ``exp(-H - (1 - balance) / balance)``: at V 49152 and a balance of 0.15 that is half of its
+    mass even where the answer is certain. The others leave impossible classes alone (docs/mathematics.md).
+    The defaults are ``F.cross_entropy(input @ weight.T, target)``. After Sinha, Song and Zhou
+    (arXiv 2306.02295).
 
     Numbers may be numpy's, or tensors of one element; those that are read wait for their device.
 
@@ -141,11 +143,12 @@ def linear_reality_creativity_loss(
             the tokens.
         weight: vocabulary head ``(V, D)``. Its dtype may differ from that of ``input``, as under autocast.
         target: class indices ``(...)`` of any integer dtype, a distribution ``(..., V)`` of any floating
-            dtype, or a :class:`TopKTarget`. Distributions need not sum to one, and may require grad.
+            dtype, a :class:`TopKTarget`, or a :class:`TeacherTarget`, another head's softmax. Distributions
+            need not sum to one, and may require grad.
         bias: ``(V)``, or None.
         balance: a number in [0, 1], or a tensor that broadcasts to the tokens. It may require grad.
         ignore_index: tokens of this class cost nothing, count nowhere and get zero gradients. Not for
-            distributions, whose tokens a row_weight of 0 ignores.
+            distributions and teachers, whose tokens a row_weight of 0 ignores.
         label_smoothing: in [0, 1]; replaces the target b by ``(1 - label_smoothing) b + label_smoothing / V``
             in the reality term.
         class_weight: ``(V)``, weighs the classes of the cross-entropy as ``F.cross_entropy(weight=...)``
@@ -172,7 +175,8 @@ def linear_reality_creativity_loss(
         skip_ignored: False puts ignored tokens through the GEMMs, masked, so that on a GPU the host need not
             learn how many are left. Default: skip them wherever that is possible.
         return_stats: also return the detached :class:`RowStats` of every token.
-        workspace_mb: budget of the scratch memory for logits, in MiB; default 72, on a GPU 1024.
+        workspace_mb: budget of the scratch memory for logits, in MiB, a teacher's among them; default 72, on
+            a GPU 1024.
         backend: ``"cpu"`` or ``"cuda"`` (C++), ``"triton"``, ``"eager"`` (PyTorch), or None: the best for the
             device.
         strategy: ``"chunked"`` (three GEMMs; gradients are made in the forward pass), ``"streaming"`` (four,
@@ -192,7 +196,7 @@ def linear_reality_creativity_loss(
     Raises:
         TypeError, ValueError: an argument is not as above.
         RuntimeError: where a derivative of third order is asked for, or forward mode of forward mode; or of
-            second order with vocab_parallel, or by a target's probabilities.
+            second order with vocab_parallel, with ``"jensen_shannon"``, or by a target's probabilities.
         IndexError: a class outside [0, V) that is not ignore_index. On a GPU that is not looked at (the loss
             of such a token is NaN) unless TIGHTROPE_DEBUG=1.
     """
@@ -257,7 +261,7 @@ def linear_reality_creativity_loss(
 def linear_vocab_stats(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget | None = None,
+    target: Tensor | TopKTarget | TeacherTarget | None = None,
     bias: Tensor | None = None,
     *,
     ignore_index: Integer = -100,
@@ -311,7 +315,7 @@ def linear_vocab_stats(
 def linear_vocab_loss(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget | None,
+    target: Tensor | TopKTarget | TeacherTarget | None,
     loss_fn: Callable[..., Tensor],
     bias: Tensor | None = None,
     *,
@@ -324,7 +328,7 @@ def linear_vocab_loss(
 def linear_vocab_loss(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget | None,
+    target: Tensor | TopKTarget | TeacherTarget | None,
     loss_fn: Callable[..., Tensor],
     bias: Tensor | None = None,
     *,
@@ -337,7 +341,7 @@ def linear_vocab_loss(
 def linear_vocab_loss(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget | None,
+    target: Tensor | TopKTarget | TeacherTarget | None,
     loss_fn: Callable[..., Tensor],
     bias: Tensor | None = None,
     *,
@@ -350,7 +354,7 @@ def linear_vocab_loss(
 def linear_vocab_loss(
     input: Tensor,
     weight: Tensor,
-    target: Tensor | TopKTarget | None,
+    target: Tensor | TopKTarget | TeacherTarget | None,
     loss_fn: Callable[..., Tensor],
     bias: Tensor | None = None,
     *,

@@ -17,7 +17,7 @@ from . import validation
 from .functional import linear_reality_creativity_loss, linear_vocab_loss
 from .modules import check_options, shown
 from .statistics import RowStats
-from .targets import TopKTarget
+from .targets import TeacherTarget, TopKTarget
 
 _POSITIONAL = ("input", "weight", "target", "loss_fn", "bias")
 
@@ -112,7 +112,7 @@ class LMHead(nn.Linear):
         return head.train(linear.training)
 
     def forward(
-        self, input: Tensor, target: Tensor | TopKTarget | None = None, **options: Any
+        self, input: Tensor, target: Tensor | TopKTarget | TeacherTarget | None = None, **options: Any
     ) -> Tensor | tuple[Tensor, RowStats]:
         """Logits ``(..., V)`` of hidden states ``(..., D)``; with a target the loss.
 
@@ -134,17 +134,17 @@ class LMHead(nn.Linear):
     def __call__(
         self,
         input: Tensor,
-        target: Tensor | TopKTarget,
+        target: Tensor | TopKTarget | TeacherTarget,
         *,
         return_stats: Literal[True],
         **options: Any,
     ) -> tuple[Tensor, RowStats]: ...
     @overload
     def __call__(
-        self, input: Tensor, target: Tensor | TopKTarget | None = None, **options: Any
+        self, input: Tensor, target: Tensor | TopKTarget | TeacherTarget | None = None, **options: Any
     ) -> Tensor: ...
     def __call__(
-        self, input: Tensor, target: Tensor | TopKTarget | None = None, **options: Any
+        self, input: Tensor, target: Tensor | TopKTarget | TeacherTarget | None = None, **options: Any
     ) -> Tensor | tuple[Tensor, RowStats]:
         # By name: of positional arguments the hook of ColwiseParallel hands on the first, and drops others.
         if target is not None:

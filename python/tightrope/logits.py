@@ -21,7 +21,7 @@ from .prepare import Scores, Space, rows_of, settled, target_square, terms_of, w
 from .statistics import RowStats
 from .strategies.own import evaluate
 from .support import Classes, MinP
-from .targets import TopKTarget
+from .targets import TeacherTarget, TopKTarget
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 @overload
 def reality_creativity_loss(
     logits: Tensor,
-    target: Tensor | TopKTarget,
+    target: Tensor | TopKTarget | TeacherTarget,
     *,
     return_stats: Literal[False] = False,
     **options: Unpack[LogitsLossOptions],
@@ -52,7 +52,7 @@ def reality_creativity_loss(
 @overload
 def reality_creativity_loss(
     logits: Tensor,
-    target: Tensor | TopKTarget,
+    target: Tensor | TopKTarget | TeacherTarget,
     *,
     return_stats: Literal[True],
     **options: Unpack[LogitsLossOptions],
@@ -62,7 +62,7 @@ def reality_creativity_loss(
 @overload
 def reality_creativity_loss(
     logits: Tensor,
-    target: Tensor | TopKTarget,
+    target: Tensor | TopKTarget | TeacherTarget,
     *,
     return_stats: bool,
     **options: Unpack[LogitsLossOptions],
@@ -72,7 +72,7 @@ def reality_creativity_loss(
 @joint
 def reality_creativity_loss(
     logits: Tensor,
-    target: Tensor | TopKTarget,
+    target: Tensor | TopKTarget | TeacherTarget,
     *,
     balance: Number | Tensor = 0.0,
     reality: Reality = "cross_entropy",
@@ -145,7 +145,7 @@ def reality_creativity_loss(
 @joint
 def vocab_stats(
     logits: Tensor,
-    target: Tensor | TopKTarget | None = None,
+    target: Tensor | TopKTarget | TeacherTarget | None = None,
     *,
     ignore_index: Integer = -100,
     logit_scale: Number = 1.0,
@@ -186,7 +186,7 @@ def vocab_stats(
 @overload
 def vocab_loss(
     logits: Tensor,
-    target: Tensor | TopKTarget | None,
+    target: Tensor | TopKTarget | TeacherTarget | None,
     loss_fn: Callable[..., Tensor],
     *,
     return_stats: Literal[False] = False,
@@ -197,7 +197,7 @@ def vocab_loss(
 @overload
 def vocab_loss(
     logits: Tensor,
-    target: Tensor | TopKTarget | None,
+    target: Tensor | TopKTarget | TeacherTarget | None,
     loss_fn: Callable[..., Tensor],
     *,
     return_stats: Literal[True],
@@ -208,7 +208,7 @@ def vocab_loss(
 @overload
 def vocab_loss(
     logits: Tensor,
-    target: Tensor | TopKTarget | None,
+    target: Tensor | TopKTarget | TeacherTarget | None,
     loss_fn: Callable[..., Tensor],
     *,
     return_stats: bool,
@@ -219,7 +219,7 @@ def vocab_loss(
 @joint
 def vocab_loss(
     logits: Tensor,
-    target: Tensor | TopKTarget | None,
+    target: Tensor | TopKTarget | TeacherTarget | None,
     loss_fn: Callable[..., Tensor],
     *,
     row_args: Sequence[Tensor] = (),

@@ -14,8 +14,11 @@ from torch import Tensor
 from .arguments import Arguments, SetArguments, group
 from .coefficients import RowUpstream
 from .statistics import RowStats, StatGrads
+from .targets import square_of_smoothed
 
-REALITY = ("cross_entropy", "squared_error")
+REALITY = ("cross_entropy", "squared_error", "reverse_kl", "jensen_shannon")
+# What a tile of a teacher's is, for those losses that take no other target (`TeacherArguments`).
+TEACHER_FORMS = {"reverse_kl": "log", "jensen_shannon": "mixture"}
 CREATIVITY = ("entropy", "collision", "support_entropy")
 
 
@@ -82,7 +85,16 @@ class RealityCreativity(Arguments):
             reality = -keep * stats.target_log_prob
             if smoothing:
                 reality = reality - smoothing * stats.mean_log_prob
+        elif self.reality == "reverse_kl":
+            # What p is taken against is log b, smoothed already.
+            reality = -stats.entropy - stats.target_prob
+        elif self.reality == "jensen_shannon":
+            # KL(p || m) and -KL(b || m). What the parts gain as m moves cancels, so of the first, with m
+            # fixed, comes the whole gradient.
+            reality = 0.5 * (stats.target_prob - stats.target_log_prob.detach())
         else:
+            if target_square is None:  # a teacher's is among the statistics
+                target_square = square_of_smoothed(stats.target_collision, 1.0, self.vocab_size, smoothing)
             overlap = keep * stats.target_prob + smoothing / self.vocab_size
             reality = 0.5 * (stats.collision - 2.0 * overlap + target_square)
         if self.creativity == "collision":
@@ -111,13 +123,17 @@ class RealityCreativity(Arguments):
             grads["target_log_prob"] = -keep * to_reality
             if smoothing:
                 grads["mean_log_prob"] = -smoothing * to_reality
+        elif self.reality == "reverse_kl":
+            grads["entropy"] = grads["target_prob"] = -to_reality
+        elif self.reality == "jensen_shannon":
+            grads["target_prob"] = 0.5 * to_reality
         else:
             grads["target_prob"] = -keep * to_reality
             grads["collision"] = 0.5 * to_reality
         if self.creativity == "collision":
             grads["collision"] = grads.get("collision", 0.0) + to_creativity / stats.collision
         else:
-            grads[self.creativity] = -to_creativity
+            grads[self.creativity] = grads.get(self.creativity, 0.0) - to_creativity
         if self.z_loss:
             grads["lse"] = 2.0 * self.z_loss * upstream * stats.lse
         if self.logit_l2:
@@ -126,7 +142,10 @@ class RealityCreativity(Arguments):
         return StatGrads(**grads), upstream * (creativity - reality)
 
     def upstream(self, balance: Tensor, upstream: Tensor) -> Tensor:
-        """`gradients` without the statistics: [UPSTREAM, rows], for a fused kernel, which has no set."""
+        """`gradients` without the statistics: [UPSTREAM, rows], for a fused kernel.
+
+        It has no set, and no teacher, so none of the losses that want one.
+        """
         to_reality, to_creativity = upstream * (1.0 - balance), upstream * balance
         keep = 1.0 - self.label_smoothing
         cross_entropy, collision = self.reality == "cross_entropy", self.creativity == "collision"

@@ -18,7 +18,7 @@ from .functional import linear_reality_creativity_loss
 from .logits import reality_creativity_loss
 from .statistics import RowStats
 from .support import Classes, MinP
-from .targets import TopKTarget
+from .targets import TeacherTarget, TopKTarget
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -163,7 +163,7 @@ class LinearRealityCreativityLoss(_Loss[Result]):
         self,
         input: Tensor,
         weight: Tensor,
-        target: Tensor | TopKTarget,
+        target: Tensor | TopKTarget | TeacherTarget,
         bias: Tensor | None = None,
         *,
         balance: Number | Tensor | None = None,
@@ -188,7 +188,7 @@ class LinearRealityCreativityLoss(_Loss[Result]):
             self,
             input: Tensor,
             weight: Tensor,
-            target: Tensor | TopKTarget,
+            target: Tensor | TopKTarget | TeacherTarget,
             bias: Tensor | None = None,
             *,
             balance: Number | Tensor | None = None,
@@ -254,7 +254,7 @@ class RealityCreativityLoss(_Loss[Result]):
     def forward(
         self,
         logits: Tensor,
-        target: Tensor | TopKTarget,
+        target: Tensor | TopKTarget | TeacherTarget,
         *,
         balance: Number | Tensor | None = None,
         row_weight: Tensor | None = None,
@@ -277,7 +277,7 @@ class RealityCreativityLoss(_Loss[Result]):
         def __call__(
             self,
             logits: Tensor,
-            target: Tensor | TopKTarget,
+            target: Tensor | TopKTarget | TeacherTarget,
             *,
             balance: Number | Tensor | None = None,
             row_weight: Tensor | None = None,

@@ -17,7 +17,7 @@ from .support import Classes, MinP
 # A number of Python or numpy, or a tensor of one element.
 Number: TypeAlias = SupportsFloat
 Integer: TypeAlias = SupportsIndex
-Reality: TypeAlias = Literal["cross_entropy", "squared_error"]
+Reality: TypeAlias = Literal["cross_entropy", "squared_error", "reverse_kl", "jensen_shannon"]
 Creativity: TypeAlias = Literal["entropy", "collision", "support_entropy"]
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 Strategy: TypeAlias = Literal["chunked", "streaming"]

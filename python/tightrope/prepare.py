@@ -14,17 +14,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from . import target_checks, validation
 from . import tokens as _tokens
-from . import validation
 from .ambient import has_values, may_read, transformed
 from .arguments import LinearArguments, LogitsArguments, SetArguments, TokenTarget, Transform
 from .distributed.layout import Agreement
-from .losses import RealityCreativity, warn_beyond_cliff
+from .losses import TEACHER_FORMS, RealityCreativity, warn_beyond_cliff
 from .statistics import RowStats
 from .strategies import plan
 from .strategies.problem import arithmetic_dtype
 from .support import DEFAULT, Classes, MinP, RowSets
-from .targets import Target, TopKTarget
+from .targets import Target, TeacherTarget, TopKTarget
 
 _Arguments = TypeVar("_Arguments", bound=LogitsArguments)
 
@@ -73,26 +73,33 @@ class Space:
         """The owner's values as [N, D] or [N, V]."""
         return self.like.reshape(math.prod(self.tokens), self.like.shape[-1])
 
-    def _refuse_learned(self, target: Tensor | TopKTarget) -> None:
+    def _refuse_learned(self, target: Tensor | TopKTarget | TeacherTarget) -> None:
         """Raise ValueError where ranks share the vocabulary and a target requires grad."""
+        if self.ranks is None or isinstance(target, TeacherTarget):
+            return
         masses = target.probs if isinstance(target, TopKTarget) else target
-        if self.ranks is not None and masses.requires_grad:
+        if masses.requires_grad:
             raise ValueError(
                 "target: got one that requires grad with vocab_parallel, expected one that does not where "
                 "ranks hold the vocabulary together"
             )
 
     def target(
-        self, target: Tensor | TopKTarget | None, ignore_index: int, shift: int, required: bool = False
+        self,
+        target: Tensor | TopKTarget | TeacherTarget | None,
+        ignore_index: int,
+        shift: int,
+        required: bool = False,
     ) -> TokenTarget:
         """Rows of a target, checked."""
         if target is not None or required:
             # A distribution has the classes that are here; tokens that no other rank has, all of them.
-            whole = self.ranks is not None and self.ranks.sharded
+            whole = self.ranks is not None and self.ranks.sharded and not isinstance(target, TeacherTarget)
             width = self.vocab_size if whole else self.here
-            validation.target(target, self.tokens, width, self.device, self.owner)
+            target_checks.target(target, self.tokens, width, self.device, self.owner)
             self._refuse_learned(target)
-        ignore_index = validation.ignore_index(ignore_index, target)
+        named = target.hidden if isinstance(target, TeacherTarget) else target
+        ignore_index = validation.ignore_index(ignore_index, named)
         shift = validation.shift(shift, self.tokens)
         if shift and self.ranks is not None and self.ranks.cuts_sequences:
             raise ValueError(
@@ -207,12 +214,14 @@ class Rows:
     def shaped(self, stats: RowStats, has_target: bool = True) -> RowStats:
         """Detached statistics in the tokens' shape."""
         detached = RowStats(*(None if s is None else s.detach() for s in stats))
+        if self.target.teacher_form != "mass":  # they are inner products with something else than b
+            detached = detached._replace(target_logit=None, target_prob=None, target_log_prob=None)
         return _tokens.unflatten(detached, self.space.tokens, has_target)
 
 
 def rows_of(
     space: Space,
-    target: Tensor | TopKTarget | None,
+    target: Tensor | TopKTarget | TeacherTarget | None,
     *,
     ignore_index: int,
     shift: int,
@@ -249,7 +258,7 @@ def rows_of(
 
 def weighted_rows(
     space: Space,
-    target: Tensor | TopKTarget,
+    target: Tensor | TopKTarget | TeacherTarget,
     family: RealityCreativity,
     class_weight: Tensor | None,
     **rows,
@@ -258,8 +267,15 @@ def weighted_rows(
 
     With class weights label smoothing is part of the target, and no more of the loss.
     """
+    form = TEACHER_FORMS.get(family.reality)
+    if form is not None:
+        target_checks.teacher_alone(target, family, space.owner)
     if class_weight is None:
-        return rows_of(space, target, **rows), family
+        found = rows_of(space, target, **rows)
+        if form is not None:
+            formed = replace(found.target, teacher_form=form, smoothing=family.label_smoothing)
+            found = replace(found, target=formed)
+        return found, family
     validation.class_weight(class_weight, space.vocab_size, space.device, family.reality)
     smoothing = family.label_smoothing
     weighted = rows_of(space, target, class_weight=class_weight, label_smoothing=smoothing, **rows)
@@ -268,13 +284,13 @@ def weighted_rows(
 
 def target_square(
     space: Space,
-    target: Tensor | TopKTarget,
+    target: Tensor | TopKTarget | TeacherTarget,
     family: RealityCreativity,
     ignore_index: int,
     shift: int,
 ) -> Tensor | None:
     """|b|^2 of each row's target [N], where the loss has a use for it."""
-    if family.reality != "squared_error":
+    if family.reality != "squared_error" or isinstance(target, TeacherTarget):
         return None
     ignore_index, shift = validation.integer("ignore_index", ignore_index), validation.integer("shift", shift)
     smoothing = family.label_smoothing
@@ -369,6 +385,4 @@ def choose_strategy(
     rows, width = math.prod(space.tokens), space.vocab_size
     if space.ranks is not None:
         rows, width = space.ranks.rows_together(rows), max(arguments.widest, 1)
-    return strategy or plan.choose_strategy(
-        rows, width, space.dtype.itemsize, arguments.workspace, space.device
-    )
+    return strategy or plan.choose_strategy(rows, width, space.dtype.itemsize, arguments.budget, space.device)

@@ -65,6 +65,20 @@ SIDE_SUMMARY = (
 )
 # The statistics of a set: fields of `RowStats`.
 OF_SUPPORT = SIDE_SUMMARY[4:]
+# Rows that the summary has more where the target is a teacher's softmax: what normalises it, and its own
+# statistics. They do not depend on what is differentiated.
+TEACHER_SUMMARY = ("teacher_max", "teacher_log_sum", "target_entropy", "target_collision")
+# The statistics of a teacher: fields of `RowStats`.
+OF_TEACHER = TEACHER_SUMMARY[2:]
+_LAYOUTS = {
+    len(names): names
+    for names in (
+        SUMMARY,
+        SUMMARY + SIDE_SUMMARY,
+        SUMMARY + TEACHER_SUMMARY,
+        SUMMARY + SIDE_SUMMARY + TEACHER_SUMMARY,
+    )
+}
 
 
 class RowStats(NamedTuple):
@@ -72,8 +86,9 @@ class RowStats(NamedTuple):
 
     Every field has the tokens' shape ``(...)``; floating fields are float32 (float64 if an input is), and
     are 0 for ignored tokens. ``b`` is the target, one-hot for class indices, without label smoothing.
-    The ``target_*`` fields are None where no target was given, and the last three where no ``support`` was,
-    which their types leave out: who uses them has given one.
+    The ``target_*`` fields are None where no target was given, those of the support where no ``support`` was,
+    and the last two where the target is not a :class:`TeacherTarget`, which their types leave out: who uses
+    them has given one.
     """
 
     lse: Tensor  #: log sum_j exp(z_j)
@@ -92,10 +107,14 @@ class RowStats(NamedTuple):
     rest_log_mass: Tensor = None  # type: ignore[assignment]
     #: entropy of p restricted to the set and renormalised, in nats; 0 where the set is empty
     support_entropy: Tensor = None  # type: ignore[assignment]
+    #: entropy of a teacher's distribution, -<b, log b>, in nats; the forward KL is cross-entropy less this
+    target_entropy: Tensor = None  # type: ignore[assignment]
+    #: its collision probability |b|^2
+    target_collision: Tensor = None  # type: ignore[assignment]
 
 
 # The fields that have a gradient.
-FLOATING = tuple(name for name in RowStats._fields if name != "argmax")
+FLOATING = tuple(name for name in RowStats._fields if name not in ("argmax", *OF_TEACHER))
 
 
 class StatGrads(NamedTuple):
@@ -270,7 +289,7 @@ def summarise_tangent(sums: Tensor, summary: Tensor, vocab_size: int) -> Tensor:
 
     A maximum counts as fixed: that of lse stands in the place of the log of the sum.
     """
-    s, with_set = named(summary), len(summary) > len(SUMMARY)
+    s, with_set = named(summary), has_set(summary)
     if with_set:
         rest, inside = (RowSums(*side) for side in sums.view(2, len(RowSums._fields), -1))
         whole = _joined_sums(rest, inside, s["rest_log_mass"], s["support_log_mass"])
@@ -320,7 +339,7 @@ def _joined_sums(rest: RowSums, inside: RowSums, rest_log_mass: Tensor, set_log_
 
 def norm_tangent_rows(tangent: Tensor) -> Tensor:
     """The derivative of what `norm_rows` gives, but for the maxima: [1, rows], or [2, rows] of the sides."""
-    if len(tangent) == len(SUMMARY):
+    if not has_set(tangent):
         return tangent[1:2]
     return tangent[len(SUMMARY) :][1:4:2]
 
@@ -330,26 +349,42 @@ def norm_rows(summary: Tensor) -> Tensor:
 
     Maximum and log of the sum; with a set the maximum, and both of the rest and of the set.
     """
-    if len(summary) == len(SUMMARY):
+    if not has_set(summary):
         return summary[:2]
     return torch.cat([summary[:1], summary[len(SUMMARY) :][:4]])
 
 
 def row_stats(summary: Tensor, argmax: Tensor) -> RowStats:
-    """The public statistics of a summary [SUMMARY, rows], with SIDE_SUMMARY more rows of a set or without."""
+    """The public statistics of a summary [SUMMARY, rows], and of a set and a teacher, where it has them."""
     s = named(summary)
     return RowStats(
         lse=s["max"] + s["log_sum"],
         argmax=argmax,
-        **{name: s[name].clone() for name in FLOATING if name in s},
+        **{name: s[name].clone() for name in (*FLOATING, *OF_TEACHER) if name in s},
     )
 
 
-def summary_rows(with_set: bool) -> int:
+def fields(with_set: bool, with_teacher: bool) -> tuple[str, ...]:
+    """The fields of `RowStats` that there are, in its order."""
+    absent = (() if with_set else OF_SUPPORT) + (() if with_teacher else OF_TEACHER)
+    return tuple(name for name in RowStats._fields if name not in absent)
+
+
+def summary_rows(with_set: bool, with_teacher: bool = False) -> int:
     """How many rows a summary has."""
-    return len(SUMMARY) + (len(SIDE_SUMMARY) if with_set else 0)
+    return len(SUMMARY) + len(SIDE_SUMMARY) * with_set + len(TEACHER_SUMMARY) * with_teacher
+
+
+def has_set(summary: Tensor) -> bool:
+    """Whether a summary has the rows of a set."""
+    return "set_max" in _LAYOUTS[len(summary)]
+
+
+def teacher_norm(summary: Tensor) -> Tensor:
+    """What normalises a teacher's logits, [2, rows], of a summary that has the rows of one."""
+    return summary[-len(TEACHER_SUMMARY) :][:2]
 
 
 def named(summary: Tensor) -> dict[str, Tensor]:
     """The rows of a summary, [rows] each, by their names."""
-    return dict(zip(SUMMARY + SIDE_SUMMARY, summary))
+    return dict(zip(_LAYOUTS[len(summary)], summary))

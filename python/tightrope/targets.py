@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .ambient import may_read
-from .arguments import TargetArguments, group
+from .arguments import TargetArguments, TeacherArguments, group
+
+if TYPE_CHECKING:
+    from .strategies.teacher import TeacherRows
 
 # (a distribution, its sums over the classes that are here [2, ...]) -> those over all classes.
 OverRanks = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
@@ -41,11 +44,39 @@ class TopKTarget(NamedTuple):
     probs: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class TeacherTarget:
+    """The distribution that another head gives each token: a teacher's, of the same vocabulary.
+
+    ``b = softmax(z)`` with ``z = softcap * tanh(u / softcap)``, ``u = logit_scale * (hidden @ weight.T +
+    bias)``; a teacher at temperature T is ``logit_scale=1 / T`` where it has no softcap. Its tiles are made
+    when their turn comes, in the dtype of the arithmetic, so it takes no ``N x V`` memory. It is a constant:
+    no gradient goes to its tensors, whether they require one or not.
+
+    Args:
+        hidden: the teacher's hidden states ``(..., D)``, with a D of its own and the tokens of the student's.
+            With ``shift`` they belong to the target, as a dense target does; at the same position as the
+            student's they are for the same next token, and shift is 0.
+        weight: its vocabulary head ``(V, D)``. Where ranks hold the vocabulary together, the rank's own rows,
+            cut as the student's head is.
+        bias: ``(V)``, or None.
+        logit_scale, softcap: of the teacher's logits.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    _: KW_ONLY
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
 @group
-class Target(TargetArguments):
+class Target(TeacherArguments, TargetArguments):
     """The target of every row, of one kind at most. Row i of dense and topk_* belongs to row i - shift.
 
-    With class_weight [V] the target is ``class_weight * ((1 - smoothing) b + smoothing / V)``.
+    With class_weight [V] the target is ``class_weight * ((1 - smoothing) b + smoothing / V)``. The tiles of a
+    teacher come from elsewhere (`strategies.teacher`).
     """
 
     shift: int = 0
@@ -54,12 +85,17 @@ class Target(TargetArguments):
 
     @property
     def is_given(self) -> bool:
-        return any(t is not None for t in (self.index, self.dense, self.topk_index))
+        return any(t is not None for t in (self.index, self.topk_index)) or self.is_wide
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether a mass for each entry is given, or made of a teacher's."""
+        return self.dense is not None or self.teacher_weight is not None
 
     @property
     def is_dense(self) -> bool:
         """Whether what a tile of the vocabulary is scored against is a mass for each entry."""
-        return self.dense is not None or self.class_weight is not None
+        return self.is_wide or self.class_weight is not None
 
     def check_range(self, valid: Tensor | None, vocab_size: int) -> None:
         """Raise IndexError for a class outside [0, V) in a row that counts.
@@ -96,7 +132,7 @@ class Target(TargetArguments):
         source: slice | Tensor = slice(start, stop)
         if rows is not None:
             source = rows[start:stop] + self.shift
-        elif self.shift and self.index is None and self.is_given:
+        elif self.shift and (self.topk_index is not None or self.dense is not None):
             wide = self.topk_index if self.dense is None else self.dense
             # Rows that shift past the end have no target; they are masked, so any row will do.
             source = torch.arange(start, stop, device=wide.device) + self.shift
@@ -178,7 +214,7 @@ class TargetChunk:
     """The targets of a chunk of rows."""
 
     index: Tensor | None
-    dense: DenseRows | None
+    dense: DenseRows | TeacherRows | None
     topk_index: Tensor | None
     topk_prob: Tensor | None
     size: int
@@ -214,6 +250,14 @@ class TargetChunk:
         return mass.add_(smoothing / vocab_size).mul_(class_weight[start:stop])
 
 
+def square_of_smoothed(
+    square: Tensor, mass: Tensor | float, vocab_size: int, label_smoothing: float
+) -> Tensor:
+    """|b|^2 of a smoothed target, from that of the target as it is and from its mass."""
+    keep, share = 1.0 - label_smoothing, label_smoothing / vocab_size
+    return keep * keep * square + 2.0 * keep * share * mass + share * label_smoothing
+
+
 def smoothed_square(
     target: Tensor | TopKTarget,
     vocab_size: int,
@@ -236,8 +280,7 @@ def smoothed_square(
         mass, square = sums(target) if over_ranks is None else over_ranks(target, sums)
     else:
         mass = square = torch.ones(target.shape, dtype=dtype, device=target.device)
-    keep, share = 1.0 - label_smoothing, label_smoothing / vocab_size
-    return keep * keep * square + 2.0 * keep * share * mass + share * label_smoothing
+    return square_of_smoothed(square, mass, vocab_size, label_smoothing)
 
 
 def _mass_and_square(dense: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .arguments import LinearArguments, LogitsArguments
-from .statistics import FLOATING, RowStats, StatGrads, named, row_stats
+from .statistics import FLOATING, StatGrads, fields, named, row_stats
+from .support import RowSets
 
 
 def group_of(weight: Tensor | None) -> type[LogitsArguments]:
@@ -23,15 +24,25 @@ def values_of(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tupl
     return (input,) if weight is None else (input, weight, bias)
 
 
-def upstream_of(grads: tuple[Tensor | None, ...]) -> StatGrads:
-    """Upstream gradients of the fields of RowStats, as many as there are, by their names."""
-    named = dict(zip(RowStats._fields, grads))
+def fields_of(arguments: LogitsArguments) -> tuple[str, ...]:
+    """The fields of RowStats that there are."""
+    return fields(RowSets.of(arguments) is not None, arguments.teacher_weight is not None)
+
+
+def upstream_of(grads: tuple[Tensor | None, ...], arguments: LogitsArguments) -> StatGrads:
+    """Upstream gradients of the fields of RowStats that there are, by their names."""
+    named = dict(zip(fields_of(arguments), grads))
     return StatGrads(**{name: named[name] for name in FLOATING if name in named})
 
 
 def statistics(summary: Tensor, argmax: Tensor) -> tuple[Tensor, ...]:
     """The fields of RowStats, as many as there are."""
     return tuple(s for s in row_stats(summary, argmax) if s is not None)
+
+
+def constants(statistics: tuple[Tensor, ...], arguments: LogitsArguments) -> list[Tensor]:
+    """Those of the fields of RowStats that there are which no gradient goes through."""
+    return [s for name, s in zip(fields_of(arguments), statistics) if name not in FLOATING]
 
 
 class Saved:

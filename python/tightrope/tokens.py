@@ -16,11 +16,11 @@ from torch import Tensor
 from .arguments import SetArguments, TokenTarget
 from .statistics import RowStats
 from .support import Classes, MinP, ascending
-from .targets import NO_CLASS, OverRanks, TopKTarget, smoothed_square
+from .targets import NO_CLASS, OverRanks, TeacherTarget, TopKTarget, smoothed_square
 
 
 def flatten_target(
-    target: Tensor | TopKTarget | None,
+    target: Tensor | TopKTarget | TeacherTarget | None,
     tokens: torch.Size,
     ignore_index: int,
     shift: int,
@@ -28,7 +28,10 @@ def flatten_target(
 ) -> TokenTarget:
     """Rows of a checked target. Index targets are shifted here, wide ones row by row as they are used."""
     index = dense = topk_index = topk_prob = valid = None
-    if isinstance(target, TopKTarget):
+    teacher: dict[str, object] = {}
+    if isinstance(target, TeacherTarget):
+        teacher = _of_teacher(target, tokens, shift)
+    elif isinstance(target, TopKTarget):
         width = target.indices.shape[-1]
         indices = target.indices.long()  # before the comparison: ignore_index may not fit a narrow dtype
         kept = indices != ignore_index
@@ -47,9 +50,22 @@ def flatten_target(
         dense,
         topk_index,
         topk_prob,
-        None if valid is None else valid.reshape(-1).contiguous(),
-        shift,
+        valid=None if valid is None else valid.reshape(-1).contiguous(),
+        shift=shift,
+        **teacher,
     )
+
+
+def _of_teacher(target: TeacherTarget, tokens: torch.Size, shift: int) -> dict[str, object]:
+    """The fields of `TeacherArguments`; nothing of it is differentiated."""
+    hidden = _shifted(target.hidden.detach().movedim(-1, 0), shift, 0.0).movedim(0, -1)
+    return {
+        "teacher_input": hidden.reshape(math.prod(tokens), hidden.shape[-1]),
+        "teacher_weight": target.weight.detach(),
+        "teacher_bias": None if target.bias is None else target.bias.detach(),
+        "teacher_scale": float(target.logit_scale),
+        "teacher_softcap": None if target.softcap is None else float(target.softcap),
+    }
 
 
 def flatten_support(

@@ -22,7 +22,6 @@ from .arguments import Transform
 from .backends import BACKENDS
 from .losses import CREATIVITY, REALITY, RealityCreativity
 from .support import Classes, MinP
-from .targets import TopKTarget
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGER = (
@@ -160,38 +159,6 @@ def logits(value: object, least: int = 1) -> None:
         raise ValueError(
             f"logits: got shape {list(value.shape)}, expected (..., V) with V of at least {least}"
         )
-
-
-def target(value: object, tokens: torch.Size, vocab_size: int, device: torch.device, owner: str) -> None:
-    """Class indices (...), a distribution (..., V), or a TopKTarget; ``owner`` is what has the tokens."""
-    if isinstance(value, TopKTarget):
-        _topk(value, tokens, device, owner)
-        return
-    if isinstance(value, tuple):
-        raise TypeError("target: got a tuple, expected a tensor or tightrope.TopKTarget(indices, probs)")
-    tensor("target", value, (*INTEGER, *FLOATING))
-    distribution = value.is_floating_point()
-    shape = (*tokens, vocab_size) if distribution else tuple(tokens)
-    if value.shape != shape:
-        kind = (
-            "a floating-point target is a distribution over V" if distribution else "one class index a token"
-        )
-        raise ValueError(f"target: got shape {list(value.shape)}, expected {list(shape)} ({kind})")
-    same_device(owner, device, target=value)
-
-
-def _topk(value: TopKTarget, tokens: torch.Size, device: torch.device, owner: str) -> None:
-    indices = tensor("target.indices", value.indices, INTEGER)
-    probs = tensor("target.probs", value.probs)
-    if indices.dim() < 1 or indices.shape[:-1] != tokens or indices.shape[-1] < 1:
-        raise ValueError(
-            f"target.indices: got shape {list(indices.shape)}, expected {[*tokens, 'K']} with K of at least 1"
-        )
-    if probs.shape != indices.shape:
-        raise ValueError(
-            f"target.probs: got shape {list(probs.shape)}, expected {list(indices.shape)}, that of indices"
-        )
-    same_device(owner, device, **{"target.indices": indices, "target.probs": probs})
 
 
 def per_token(name: str, value: object, tokens: torch.Size, device: torch.device) -> None:

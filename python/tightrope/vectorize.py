@@ -22,8 +22,9 @@ TOKENS = "tokens"  # all but the last, together
 SHARED = "shared"  # none: of all rows
 _OF_ARGUMENTS = {
     **dict.fromkeys(("index", "topk_index", "topk_prob", "valid", "classes", "temperature"), ROWS),
+    "teacher_input": ROWS,
     "dense": TOKENS,
-    "class_weight": SHARED,
+    **dict.fromkeys(("class_weight", "teacher_weight", "teacher_bias"), SHARED),
 }
 # Of (input, weight, bias, temperature), a direction of them, or their gradients.
 THETA = (ROWS, SHARED, SHARED, ROWS)

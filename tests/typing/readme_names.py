@@ -1,6 +1,6 @@
 """The names that the README's code takes as given."""
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -11,6 +11,9 @@ class_weight: Tensor
 balance_logit: Tensor
 teacher_indices: Tensor
 teacher_probs: Tensor
+teacher_hidden: Tensor
+teacher_head: nn.Linear
+mask: Tensor
 model: PreTrainedModel
 arguments: TrainingArguments
 dataset: Dataset

@@ -144,7 +144,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         help="the loss beside its peers: time, memory, error",
         description="Times a step of the loss, forward and backward, beside the libraries that compute the "
         "same, with the three matrix products alone as the floor; and measures memory, and the error against "
-        "float64. Without options: five scenarios, shapes from many rows with a small vocabulary to one row "
+        "float64. Without options: six scenarios, shapes from many rows with a small vocabulary to one row "
         "with a huge one, and how time and memory grow with N and V.",
         epilog="Written to the output folder: bench.csv, every figure with machine, versions and commit; "
         "bench.md, the tables; floor.png, and against-V.png and against-N.png where V or N has several "

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import validation
-from ..targets import TopKTarget
+from ..targets import TeacherTarget, TopKTarget
 from ..tokens import flatten_target
 from . import collectives
 from .joint import is_dtensor
@@ -20,7 +20,7 @@ from .layout import process_group
 
 
 def token_count(
-    targets: Tensor | TopKTarget,
+    targets: Tensor | TopKTarget | TeacherTarget,
     group: dist.ProcessGroup | DeviceMesh | None = None,
     ignore_index: int = validation.NOTHING_IGNORED,
 ) -> Tensor:
@@ -34,7 +34,8 @@ def token_count(
 
     Args:
         targets: this rank's targets, ``(...)`` of an integer dtype, a distribution ``(..., V)``, all of whose
-            tokens count, or a :class:`tightrope.TopKTarget`; on a device that the group's backend serves.
+            tokens count, a :class:`tightrope.TeacherTarget`, of which the same is true, or a
+            :class:`tightrope.TopKTarget`; on a device that the group's backend serves.
             With ``shift=1`` pass ``targets[..., 1:]``, as the first of a sequence is no target. Ranks may
             have different shapes.
         group: a ProcessGroup, or a one-dimensional DeviceMesh, of ranks that have different tokens (of a mesh
@@ -51,6 +52,8 @@ def token_count(
     ignore_index = validation.ignore_index(ignore_index, targets)
     if isinstance(targets, TopKTarget):
         like, tokens = targets.indices, targets.indices.shape[:-1]
+    elif isinstance(targets, TeacherTarget):
+        like, tokens = targets.hidden, targets.hidden.shape[:-1]
     else:
         like = validation.tensor("targets", targets, (*validation.INTEGER, *validation.FLOATING))
         tokens = targets.shape[:-1] if targets.is_floating_point() else targets.shape

@@ -151,7 +151,11 @@ class Sharded(Step):
         all_rows = dict.fromkeys(values)
         all_rows.update(zip(given, collectives.unpack(self._whole(packed), list(given.values()))))
         rows = all_rows["hidden"].shape[0]
-        dense = None if target.dense is None else self._columns(target.dense, problem.columns)
+        dense = target.dense
+        if isinstance(dense, DenseRows):
+            dense = self._columns(dense, problem.columns)
+        elif dense is not None:
+            dense = dense.spread(self)
         target = replace(
             target, dense=dense, size=rows, **{k: all_rows[k] for k in ("index", "topk_index", "topk_prob")}
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,11 +21,11 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from .. import validation
+from .. import target_checks, validation
 from ..arguments import ShardArguments
 from ..statistics import RowStats
 from ..support import Classes
-from ..targets import TopKTarget
+from ..targets import TeacherTarget, TopKTarget
 from . import collectives
 from .layout import Agreement, VocabParallel
 
@@ -184,8 +184,10 @@ class Layout:
             return self._part(name, value, self._everywhere)
         return value
 
-    def _target(self, target: Tensor | TopKTarget) -> Tensor | TopKTarget:
-        validation.target(target, self.tokens, self.vocab_size, self.device, self.owner)
+    def _target(self, target: Tensor | TopKTarget | TeacherTarget) -> Tensor | TopKTarget | TeacherTarget:
+        target_checks.target(target, self.tokens, self.vocab_size, self.device, self.owner)
+        if isinstance(target, TeacherTarget):
+            return self._teacher(target)
         if isinstance(target, TopKTarget):
             indices = self._along("target.indices", target.indices, 1)
             return TopKTarget(indices, self._along("target.probs", target.probs, 1))
@@ -195,6 +197,16 @@ class Layout:
         if self.vocab is not None and self.rows[self.vocab].is_replicate():
             placements[self.vocab] = Shard(target.dim() - 1)
         return self._part("target", target, tuple(placements))
+
+    def _teacher(self, target: TeacherTarget) -> TeacherTarget:
+        """Its head lies as the student's does."""
+        bias = target.bias if target.bias is None else target.bias.detach()
+        return replace(
+            target,
+            hidden=self._along("target.hidden", target.hidden.detach(), 1),
+            weight=self._part("target.weight", target.weight.detach(), self.head),
+            bias=None if bias is None else self._part("target.bias", bias, self.head),
+        )
 
     def _row_arg(self, name: str, arg: object) -> object:
         if not isinstance(arg, Tensor):
@@ -368,6 +380,8 @@ class _Waited(Function):
 def _has_dtensor(value: object) -> bool:
     if isinstance(value, Classes):
         value = value.indices
+    if isinstance(value, TeacherTarget):
+        value = value.hidden, value.weight, value.bias
     if isinstance(value, (tuple, list)):
         return any(_has_dtensor(part) for part in value)
     return isinstance(value, DTensor)

@@ -152,11 +152,12 @@ class Plan:
     rows: int  # of a chunk, at most, those of all ranks together
     stride: int  # elements between two rows of logits
     fused: bool  # a chunk goes by one launch
+    taught: bool = False  # the tiles of a teacher stand behind the logits
 
     @property
     def elements(self) -> int:
-        """Elements of the memory for a chunk's logits."""
-        return self.rows * self.stride
+        """Elements of the memory for a chunk's logits, and for a teacher's."""
+        return self.rows * self.stride * (2 if self.taught else 1)
 
     @classmethod
     def of(cls, problem: LinearProblem, workspace: int, fusible: bool) -> Plan:
@@ -175,7 +176,12 @@ class Plan:
         spans = plan.tiled_chunk_spans(
             rows, owners, entries, dtype, problem.operand, workspace, problem.device
         )
-        return cls(spans, most(spans), problem.columns, False)
+        return cls(spans, most(spans), problem.columns, False, problem.teacher is not None)
+
+
+def of_teacher(memory: Tensor) -> Tensor:
+    """The part of a chunk's memory that has a teacher's tiles."""
+    return memory[memory.numel() // 2 :]
 
 
 def loss_and_gradients(
@@ -230,6 +236,8 @@ def chunk_statistics(
     """
     partial, argmax = problem.new_partial(chunk.size)
     tiles = problem.tiles(chunk.size)
+    if problem.teacher is not None:
+        chunk.target.dense.measure(own.step, tiles, of_teacher(memory))
     for tile in tiles:
         part = memory[chunk.size * tile[0] :]
         raw = problem.raw_logits(hidden, problem.head(*tile), part, chunk, tile)

@@ -14,11 +14,14 @@ from .problem import Chunk, LogitsProblem
 from .tangents import Direction, Form, Moving, UpstreamOf
 
 
-def chunks(problem: LogitsProblem) -> Iterator[tuple[Chunk, Tensor]]:
-    """Chunks of rows, each with its logits, of unit stride along the vocabulary."""
+def chunks(problem: LogitsProblem, summary: Tensor | None = None) -> Iterator[tuple[Chunk, Tensor]]:
+    """Chunks of rows, each with its logits, of unit stride along the vocabulary.
+
+    summary: of all rows, where it is known.
+    """
     for start, stop in plan.logits_spans(problem.rows.total, problem.widest, problem.device):
         logits = problem.logits[start:stop, : problem.columns]
-        chunk = problem.chunk(start, stop)
+        chunk = problem.chunk(start, stop, summary)
         yield chunk, logits if logits.stride(1) == 1 or problem.columns == 1 else logits.contiguous()
 
 
@@ -29,6 +32,9 @@ def statistics(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
     for chunk, logits in chunks(problem):
         partial, best = problem.new_partial(chunk.size)
         tile = (0, problem.columns)
+        if problem.teacher is not None:
+            memory = partial.new_empty(chunk.size * problem.columns)
+            chunk.target.dense.measure(chunk.step, [tile], memory)
         scored = problem.tempered(logits, chunk, tile)
         problem.row_stats(scored, partial, best, chunk, tile)
         of_rows = problem.summarise(partial, best, chunk, chunk, [(scored, tile)])
@@ -43,7 +49,7 @@ def gradient(problem: LogitsProblem, summary: Tensor, coef: Tensor, to_temperatu
     """
     out = torch.empty_like(problem.logits, memory_format=torch.contiguous_format)
     out[:, problem.columns :] = 0.0  # padding
-    for chunk, logits in chunks(problem):
+    for chunk, logits in chunks(problem, summary):
         where = chunk.where
         to_rows = None if to_temperature is None else to_temperature[where]
         norm = norm_rows(summary[:, where])
@@ -59,7 +65,7 @@ def _moving(
     problem: LogitsProblem, summary: Tensor, direction: Direction
 ) -> Iterator[tuple[Moving, Tensor, Tensor]]:
     """Chunks of rows, each with its logits and their direction as the row primitives take them."""
-    for chunk, logits in chunks(problem):
+    for chunk, logits in chunks(problem, summary):
         tile, moved = (0, problem.columns), direction.input_tangent
         scored = problem.tempered(logits, chunk, tile)
         if moved is None:

@@ -34,21 +34,37 @@ def _counted(input: Tensor, arguments) -> int:
     return int(valid.sum())
 
 
+def _of_teacher(rows: int, weight: Tensor, arguments, count: int, mixed: int = 1) -> int:
+    """FLOPs of so many passes over a teacher's logits, or over both heads' for their mixture."""
+    if arguments.teacher_weight is None:
+        return 0
+    if arguments.teacher_form != "mixture":
+        return _products(rows, arguments.teacher_weight, count)
+    return _products(rows, arguments.teacher_weight, mixed) + _products(rows, weight, mixed)
+
+
 def _linear_stats(input, weight, bias, arguments):
-    # For a set of classes the logits are made twice.
-    return _products(_counted(input, arguments), weight, 1 if RowSets.of(arguments) is None else 2)
+    # For a set of classes the logits are made twice; so are a teacher's, which are normalised first.
+    rows = _counted(input, arguments)
+    of_teacher = _of_teacher(rows, weight, arguments, 2, 3)
+    return of_teacher + _products(rows, weight, 1 if RowSets.of(arguments) is None else 2)
 
 
 def _linear_stats_backward(summary, coef, needs, input, weight, bias, arguments):
-    return _products(_counted(input, arguments), weight, 1 + needs.input_grad + needs.weight_grad)
+    rows = _counted(input, arguments)
+    of_teacher = _of_teacher(rows, weight, arguments, 1)
+    return of_teacher + _products(rows, weight, 1 + needs.input_grad + needs.weight_grad)
 
 
 def _linear_loss(row_scale, balance, target_square, family, needs, input, weight, bias, arguments):
-    return _linear_stats_backward(None, None, needs, input, weight, bias, arguments)
+    rows = _counted(input, arguments)
+    of_teacher = _of_teacher(rows, weight, arguments, 1, 2)
+    return of_teacher + _products(rows, weight, 1 + needs.input_grad + needs.weight_grad)
 
 
 def _chunk_stats(memory, span, input, weight, bias, arguments):
-    return _products(span.stop - span.start, weight, 1)
+    rows = span.stop - span.start
+    return _of_teacher(rows, weight, arguments, 1) + _products(rows, weight, 1)
 
 
 def _chunk_gradients(
@@ -63,18 +79,19 @@ def _moved(direction) -> int:
 
 
 def _linear_tangent(summary, direction, input, weight, bias, arguments):
-    return _products(_counted(input, arguments), weight, 1 + _moved(direction))
+    rows = _counted(input, arguments)
+    return _of_teacher(rows, weight, arguments, 1) + _products(rows, weight, 1 + _moved(direction))
 
 
 def _linear_curvature(
     summary, grads, named, grads_tangent, named_tangent, direction, needs, input, weight, bias, arguments
 ):
     rows, moves_head = _counted(input, arguments), direction.weight_tangent is not None
-    held = tangents.holds_chunks(rows, weight.shape[0], summary.dtype, arguments.workspace, input.device)
+    held = tangents.holds_chunks(rows, weight.shape[0], summary.dtype, arguments.budget, input.device)
     count = (1 if held else 2) * (1 + _moved(direction))
     count += needs.input_grad * (1 + moves_head)
     count += needs.weight_grad * (1 + (direction.input_tangent is not None))
-    return _products(rows, weight, count)
+    return _of_teacher(rows, weight, arguments, 2) + _products(rows, weight, count)
 
 
 def _linear_target_grad(summary, slopes, input, weight, bias, arguments):

@@ -60,12 +60,31 @@ def linear_problem(
     """
     if rows is None:
         rows = Rows.of(input.shape[0], arguments.valid, arguments.skip)
-    return LinearProblem(input, weight, bias, **_scoring(arguments, rows, weight.shape[0], input.device))
+    scoring = _scoring(arguments, rows, weight.shape[0], input.device)
+    teacher = _teacher(arguments, scoring, arithmetic_dtype(input, weight, bias))
+    return LinearProblem(input, weight, bias, **scoring, teacher=teacher)
 
 
 def logits_problem(logits: Tensor, arguments: LogitsArguments) -> LogitsProblem:
     rows = Rows.of(logits.shape[0], arguments.valid, skip=False)
-    return LogitsProblem(logits, **_scoring(arguments, rows, logits.shape[1], logits.device))
+    scoring = _scoring(arguments, rows, logits.shape[1], logits.device)
+    return LogitsProblem(logits, **scoring, teacher=_teacher(arguments, scoring, arithmetic_dtype(logits)))
+
+
+def _teacher(
+    arguments: LogitsArguments, scoring: dict[str, object], dtype: torch.dtype
+) -> LinearProblem | None:
+    """A teacher as a problem over the rows that a student is scored on. dtype: of the arithmetic."""
+    if arguments.teacher_weight is None:
+        return None
+    own = {
+        "target": Target(),
+        "sets": None,
+        "transform": Transform(arguments.teacher_scale, arguments.teacher_softcap),
+        "temperature": None,
+    }
+    tensors = arguments.teacher_input, arguments.teacher_weight, arguments.teacher_bias
+    return LinearProblem(*tensors, arithmetic=dtype, **{**scoring, **own})
 
 
 def _scoring(arguments: LogitsArguments, rows: Rows, here: int, device: torch.device) -> dict[str, object]:
@@ -97,7 +116,7 @@ def given(gradients, like: Tensor) -> tuple[Tensor, ...]:
 def _fake_statistics(
     rows: int, like: Tensor, arguments: LogitsArguments, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    count = summary_rows(RowSets.of(arguments) is not None)
+    count = summary_rows(RowSets.of(arguments) is not None, arguments.teacher_weight is not None)
     return like.new_empty((count, rows), dtype=dtype), like.new_empty((rows,), dtype=torch.int64)
 
 
@@ -115,7 +134,7 @@ def _linear_stats(input, weight, bias, arguments: LinearArguments) -> tuple[Tens
     """Summary [SUMMARY, N] and argmax [N]."""
     problem = linear_problem(input, weight, bias, arguments)
     with exact_products(input.device):
-        return streaming.statistics(problem, arguments.workspace)
+        return streaming.statistics(problem, arguments.budget)
 
 
 def _linear_stats_fake(input, weight, bias, arguments):
@@ -127,7 +146,7 @@ def _linear_stats_backward(summary, coef, needs: Needs, input, weight, bias, arg
     """Gradients of input, weight, bias and temperature, in their dtypes, from coefficients [7 or 14, N]."""
     problem = linear_problem(input, weight, bias, arguments)
     with exact_products(input.device):
-        return given(streaming.gradients(problem, summary, coef, needs, arguments.workspace).flat(), input)
+        return given(streaming.gradients(problem, summary, coef, needs, arguments.budget).flat(), input)
 
 
 def _linear_stats_backward_fake(summary, coef, needs, input, weight, bias, arguments):
@@ -158,7 +177,7 @@ def _linear_loss(
         return family.upstream(balance[chunk.where], row_scale[chunk.where])
 
     with exact_products(input.device):
-        record, gradients = chunked.loss_and_gradients(problem, upstream, needs, arguments.workspace, ahead)
+        record, gradients = chunked.loss_and_gradients(problem, upstream, needs, arguments.budget, ahead)
     to_balance = record.args[0] if record.args else torch.zeros_like(row_scale)
     return record.row_loss, record.summary, record.argmax, *given(gradients.flat(), input), to_balance
 
@@ -232,8 +251,11 @@ def _chunk_gradients(
     """Add to the gradients what the chunk contributes whose logits memory holds; coef [7 or 14, n]."""
     gradients = Gradients(to_input, to_weight, to_bias, to_temperature)
     with exact_products(input.device):
-        chunk = _chunk(input, weight, bias, arguments, span)
-        chunked.chunk_gradients(*chunk, memory, norm_rows(summary), coef, Reductions(gradients))
+        problem, chunk, *rest = _chunk(input, weight, bias, arguments, span)
+        if problem.teacher is not None:
+            chunk.target.dense.keep(chunked.of_teacher(memory))
+        whole = problem, chunk, *rest
+        chunked.chunk_gradients(*whole, memory, norm_rows(summary), coef, Reductions(gradients))
 
 
 def _logits_stats(logits, arguments: LogitsArguments) -> tuple[Tensor, Tensor]:

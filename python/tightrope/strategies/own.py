@@ -41,12 +41,12 @@ def loss_and_gradients(
         problem = ops.linear_problem(input, weight, bias, arguments)
         upstream = _differentiate(loss_fn, row_scale, row_args, args_need, problem.target.is_given)
         with ops.exact_products(input.device):
-            return chunked.loss_and_gradients(problem, upstream, needs, arguments.workspace)
+            return chunked.loss_and_gradients(problem, upstream, needs, arguments.budget)
     # Where there are no values to count, rows are masked.
     rows = Rows.of(input.shape[0], arguments.valid, arguments.skip and has_values(input))
     problem = ops.linear_problem(input, weight, bias, arguments, rows)
     problem.check_topk()
-    how = Plan.of(problem, arguments.workspace, fusible=False)
+    how = Plan.of(problem, arguments.budget, fusible=False)
     record, gradients = Record(problem), Gradients.unwritten(problem, needs, len(how.chunks))
     differentiate = _differentiate(loss_fn, row_scale, row_args, args_need, problem.target.is_given)
     place = problem.dtype, problem.device

@@ -29,6 +29,7 @@ from ..support import RowSets
 from ..targets import Target, TargetChunk, out_of_range
 from . import plan
 from .gemm import multiply, operand_dtype, result_dtype, widens
+from .teacher import TeacherRows
 
 
 @dataclass(frozen=True)
@@ -100,17 +101,26 @@ class _Scored:
     columns: int  # classes that are here
     widest: int  # the same of the rank that has most: what agreed sizes follow from
     exchange: Exchange
+    teacher: LinearProblem | None = None  # whose distributions are the target
 
-    def chunk(self, start: int, stop: int) -> Chunk:
-        """Rows start:stop of those that are worked on."""
+    def chunk(self, start: int, stop: int, summary: Tensor | None = None) -> Chunk:
+        """Rows start:stop of those that are worked on.
+
+        summary [SUMMARY, N]: of all rows, where it is known; else a teacher is to be measured first.
+        """
         rows, first, step = self.rows, start == 0, self.exchange.step(start, stop)
+        whole = start, stop
         start, stop = self.exchange.own(start, stop)
         where = rows.where(start, stop)
+        target = self.target.chunk(start, stop, rows.kept, self.dtype, self.offset)
+        if self.teacher is not None:
+            known = None if summary is None else summary[:, where]
+            target = replace(target, dense=TeacherRows.of(self, whole, known))
         return Chunk(
             first,
             stop - start,
             where,
-            self.target.chunk(start, stop, rows.kept, self.dtype, self.offset),
+            target,
             None if rows.active is None else rows.active[start:stop],
             None if self.sets is None else self.sets.chunk(where),
             None if self.temperature is None else self.temperature[where].unsqueeze(-1),
@@ -129,7 +139,8 @@ class _Scored:
     def empty_summary(self) -> tuple[Tensor, Tensor]:
         """Summary [SUMMARY, N] and argmax [N] of rows none of which counts."""
         total, device = self.rows.total, self.device
-        summary = torch.zeros(summary_rows(self.sets is not None), total, dtype=self.dtype, device=device)
+        count = summary_rows(self.sets is not None, self.teacher is not None)
+        summary = torch.zeros(count, total, dtype=self.dtype, device=device)
         return summary, torch.full((total,), -1, dtype=torch.int64, device=device)
 
     def tile_arguments(self, chunk: Chunk, tile: tuple[int, int]) -> tuple:
@@ -213,6 +224,8 @@ class _Scored:
             for raw, tile in again:
                 self.row_sides(raw, sides, which, chunk, tile)
             summary = torch.cat([summary, summarise_sides(own.step.collect_sides(sides))])
+        if self.teacher is not None:
+            summary = chunk.target.dense.completed(summary)
         return summary if own.active is None else summary.masked_fill(~own.active, 0.0), argmax
 
 
@@ -224,11 +237,12 @@ class LinearProblem(_Scored):
     weight: Tensor
     bias: Tensor | None
     widened: bool = False  # every operand is of the dtype of the arithmetic
+    arithmetic: torch.dtype | None = None  # a teacher's is the student's
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype of the arithmetic: float64 where any of the tensors is, else float32."""
-        return arithmetic_dtype(self.input, self.weight, self.bias)
+        return self.arithmetic or arithmetic_dtype(self.input, self.weight, self.bias)
 
     @cached_property
     def streams(self) -> bool:

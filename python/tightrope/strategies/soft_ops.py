@@ -12,7 +12,7 @@ def _linear_target_grad(summary, slopes, input, weight, bias, arguments: LinearA
     """The gradient of the distribution, or of the top-k probabilities; slopes [3, N] as in `soft`."""
     problem = ops.linear_problem(input, weight, bias, arguments)
     with ops.exact_products(input.device):
-        return soft.of_linear(problem, summary, slopes, arguments.workspace)
+        return soft.of_linear(problem, summary, slopes, arguments.budget)
 
 
 def _logits_target_grad(summary, slopes, logits, arguments: LogitsArguments):

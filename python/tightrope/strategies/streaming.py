@@ -83,6 +83,8 @@ def statistics(problem: LinearProblem, workspace: int) -> tuple[Tensor, Tensor]:
         for start, stop in spans:
             own = problem.chunk(start, stop)
             chunk, hidden = own.step.spread(problem, own)
+            if problem.teacher is not None:
+                chunk.target.dense.measure(own.step, tiles)
             partial, best = problem.new_partial(chunk.size)
             for tile in tiles:
                 if problem.streams:
@@ -123,7 +125,7 @@ def gradients(
     hidden_sum = None
     if needs.input_grad:
         hidden_sum = problem.input.new_zeros((rows.count, problem.input.shape[1]), dtype=dtype)
-    chunks = [problem.chunk(start, stop) for start, stop in blocks]
+    chunks = [problem.chunk(start, stop, summary) for start, stop in blocks]
     to_rows = summary.new_zeros(rows.count) if needs.temperature_grad else None
     forms = [
         problem.form(
@@ -192,7 +194,7 @@ def _by_chunks(
     norm, reductions = norm_rows(summary), Reductions(sums)
     with borrow(how.elements, problem.dtype, problem.device) as memory:
         for start, stop in how.chunks:
-            own = problem.chunk(start, stop)
+            own = problem.chunk(start, stop, summary)
             chunk, hidden = own.step.spread(problem, own)
             for tile in problem.tiles(chunk.size):
                 part = memory[chunk.size * tile[0] :]

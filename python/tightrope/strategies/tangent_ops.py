@@ -40,7 +40,7 @@ def _linear_tangent(summary, direction: Direction, input, weight, bias, argument
     """The derivative of the summary [SUMMARY, N]."""
     problem = moving_problem(input, weight, bias, arguments)
     with ops.exact_products(input.device):
-        return tangents.tangent(problem, summary, direction, arguments.workspace)
+        return tangents.tangent(problem, summary, direction, arguments.budget)
 
 
 def _linear_curvature(
@@ -64,7 +64,7 @@ def _linear_curvature(
     upstream = Upstream(_unpacked(grads, named), _unpacked(grads_tangent, named_tangent))
     with ops.exact_products(input.device):
         gradients, tangent = tangents.curvature(
-            problem, summary, upstream, direction, needs, arguments.workspace
+            problem, summary, upstream, direction, needs, arguments.budget
         )
     return *ops.given(gradients.flat(), input), tangent
 

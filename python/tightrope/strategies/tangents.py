@@ -210,7 +210,7 @@ class _Linear:
         )
 
     def moving(self, start: int, stop: int) -> Moving:
-        chunk = self.problem.chunk(start, stop)
+        chunk = self.problem.chunk(start, stop, self.summary)
         return Moving.of(self.problem, chunk, self.summary, self.direction.temperature_tangent)
 
     def hidden(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:

@@ -18,6 +18,7 @@ SCENARIOS = {
     "sft": "70 % of the rows are ignored",
     "lora": "the head is frozen",
     "distillation": "targets are a teacher's top 64",
+    "teacher": "targets are a teacher's head, of twice the D",
     "rl": "log-probability and entropy of each token, with upstream gradients of their own",
     "curvature": "a Hessian-vector product, at a point whose gradients have their graph",
 }

@@ -60,6 +60,8 @@ def ours(step: Step, loss: Loss, backend: str | None = None, strategy: str | Non
         bonus = ENTROPY_BONUS * (loss.balance > 0)
         return -(step.advantage * stats.target_log_prob + bonus * stats.entropy).sum() / step.normalizer
     target = step.target if step.probs is None else tightrope.TopKTarget(step.target, step.probs)
+    if step.teacher is not None:
+        target = tightrope.TeacherTarget(*step.teacher)
     return tightrope.linear_reality_creativity_loss(
         step.hidden,
         step.weight,
@@ -185,6 +187,8 @@ def _peer(
             return "no top-k targets"
         if case.scenario == "curvature":
             return NO_CURVATURE
+        if case.scenario == "teacher":
+            return "no such loss of a teacher's head"
         if case.scenario == "rl" and not per_token:
             return "no loss for each token"
         return None

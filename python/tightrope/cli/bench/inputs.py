@@ -26,7 +26,8 @@ TEACHER_TEMPERATURE = 2.0
 class Step:
     """hidden [N, D] and weight [V, D], leaves that require grad as the scenario says, and what is scored.
 
-    target: [N] int64 with -100 where ignored, or with `probs` the entries [N, K] of a teacher's top K.
+    target: [N] int64 with -100 where ignored, or with `probs` the entries [N, K] of a teacher's top K; or
+    of no interest with `teacher`: hidden states [N, 2 D] and head [V, 2 D].
     advantage: [N], the upstream gradient of each token's log-probability (reinforcement learning).
     direction: of hidden and weight, for a Hessian-vector product in the place of a gradient.
     normalizer: the rows that count, which the mean divides by.
@@ -39,6 +40,7 @@ class Step:
     advantage: Tensor | None
     normalizer: int
     direction: tuple[Tensor, Tensor] | None = None
+    teacher: tuple[Tensor, Tensor] | None = None
 
     def rows(self, start: int, stop: int) -> Step:
         def cut(t: Tensor | None) -> Tensor | None:
@@ -51,6 +53,7 @@ class Step:
             probs=cut(self.probs),
             advantage=cut(self.advantage),
             direction=None if self.direction is None else (cut(self.direction[0]), self.direction[1]),
+            teacher=self.teacher and (self.teacher[0][start:stop], self.teacher[1]),
         )
 
     def forget_gradients(self) -> None:
@@ -66,13 +69,19 @@ def make_step(case: Case) -> Step:
         hidden = torch.randn(case.rows, case.dim, generator=generator)
         weight = torch.randn(case.vocab, case.dim, generator=generator).mul_(case.dim**-0.5)
         target = torch.randint(case.vocab, (case.rows,), generator=generator)
-    probs = advantage = direction = None
+    probs = advantage = direction = teacher = None
     if case.scenario == "sft":
         target = target.masked_fill(torch.rand(case.rows, generator=generator) < IGNORED_SHARE, IGNORE_INDEX)
     elif case.scenario == "distillation":
         entries = min(TEACHER_ENTRIES, case.vocab)
-        teacher = torch.softmax(hidden @ weight.T / TEACHER_TEMPERATURE, -1).topk(entries)
-        target, probs = teacher.indices, teacher.values / teacher.values.sum(-1, keepdim=True)
+        largest = torch.softmax(hidden @ weight.T / TEACHER_TEMPERATURE, -1).topk(entries)
+        target, probs = largest.indices, largest.values / largest.values.sum(-1, keepdim=True)
+    elif case.scenario == "teacher":
+        # It sees what the student sees, and as much more.
+        more = torch.randn(hidden.shape, generator=generator)
+        more_weight = torch.randn(weight.shape, generator=generator).mul_(case.dim**-0.5)
+        teacher = torch.cat([hidden, more], 1), torch.cat([weight, more_weight], 1)
+        teacher = tuple(t.to(case.device, DTYPES[case.dtype]) for t in teacher)
     elif case.scenario == "rl":
         advantage = torch.randn(case.rows, generator=generator).to(case.device)
     dtype = DTYPES[case.dtype]
@@ -89,6 +98,7 @@ def make_step(case: Case) -> Step:
         advantage,
         max(1, case.rows if probs is not None else int((target != IGNORE_INDEX).sum())),
         direction,
+        teacher,
     )
 
 

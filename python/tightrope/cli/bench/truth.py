@@ -18,8 +18,12 @@ KEPT_ROWS, KEPT_HEAD_ROWS = 256, 1024
 
 def row_losses(log_p: Tensor, step: Step, loss: Loss) -> Tensor:
     """The loss of each row [N] from all its log-probabilities [N, V]; 0 where it is ignored."""
-    counts = None
-    if step.probs is not None:
+    counts = taught = None
+    if step.teacher is not None:
+        hidden, weight = (t.to(log_p.dtype) for t in step.teacher)
+        taught = torch.softmax(hidden @ weight.T, -1)
+        cross_entropy = -(taught * log_p).sum(-1)
+    elif step.probs is not None:
         cross_entropy = -(step.probs.to(log_p.dtype) * log_p.gather(1, step.target)).sum(-1)
     else:
         cross_entropy = torch.nn.functional.nll_loss(
@@ -30,13 +34,15 @@ def row_losses(log_p: Tensor, step: Step, loss: Loss) -> Tensor:
     negative_entropy = (log_p.exp() * log_p).sum(-1) if bonus else 0.0
     if step.advantage is not None:
         return step.advantage.to(log_p.dtype) * cross_entropy + bonus * negative_entropy
-    reality = cross_entropy if loss.reality == "cross_entropy" else _squared_error(log_p, step)
+    reality = cross_entropy if loss.reality == "cross_entropy" else _squared_error(log_p, step, taught)
     rows = (1 - bonus) * reality + bonus * negative_entropy
     return rows if counts is None else torch.where(counts, rows, 0.0)
 
 
-def _squared_error(log_p: Tensor, step: Step) -> Tensor:
+def _squared_error(log_p: Tensor, step: Step, taught: Tensor | None) -> Tensor:
     p = log_p.exp()
+    if taught is not None:
+        return 0.5 * (p - taught).square().sum(-1)
     if step.probs is None:
         return 0.5 * (p.square().sum(-1) - 2 * p.gather(1, step.target.clamp(min=0)[:, None])[:, 0] + 1)
     b = step.probs.to(p.dtype)
