@@ -315,16 +315,16 @@ def row_grad(
             )
             return
     z = load_logits(logits + row * logits_stride, bias, column, inside, logit_scale, softcap, CAPPED, DTYPE)
+    chosen = None
+    if SET != NO_SET:
+        chosen = in_set(z, members, row, column, inside, members_stride, SET)
+    rows = rows.to(tl.int64)
+    c = load_own_coefficients(coef, row, rows, chosen)
     mass = None
     if TARGET != NO_TARGET:
         mass = load_mass(
             target, target_prob, row, first, column, inside, target_stride, offset, TARGET, BLOCK, DTYPE
         )
-    chosen = None
-    if SET != NO_SET:
-        chosen = in_set(z, members, row, column, inside, members_stride, SET)
-    rows = rows.to(tl.int64)
     maximum, log_sum = load_own(norm, 0, 2, row, rows, chosen), load_own(norm, 1, 2, row, rows, chosen)
-    c = load_own_coefficients(coef, row, rows, chosen)
     grad = gradient(z, maximum, log_sum, c, logit_scale, softcap, mass, CAPPED)
     tl.store(out + row * out_stride + column, grad.to(out.dtype.element_ty), mask=inside)
