@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tightrope.kernels import configs, rows, stream
+from tightrope.kernels import configs, rows, stream, tangent_rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,10 +40,28 @@ KERNELS = {
     "row_sides": rows.row_sides,
     "merge_sides": rows.merge_sides,
     "row_grad": rows.row_grad,
+    "row_tangent": tangent_rows.row_tangent,
+    "merge_sums": tangent_rows.merge_sums,
+    "row_grad_tangent": tangent_rows.row_grad_tangent,
     "stream_stats": stream.stream_stats,
     "stream_grad": stream.stream_grad,
 }
-MERGES = ("merge_parts", "merge_sides")
+MERGES = ("merge_parts", "merge_sides", "merge_sums")
+SECOND = ("row_tangent", "row_grad_tangent")
+# Columns of a block, without a set and with one; of kernels that have a BLOCK.
+BLOCKS = {
+    "row_stats": (configs.ROW_BLOCK,) * 2,
+    "row_sides": (configs.SIDES_BLOCK,) * 2,
+    "row_grad": (configs.GRAD_BLOCK, configs.SET_GRAD_BLOCK),
+    "row_tangent": (configs.TANGENT_BLOCK,) * 2,
+    "row_grad_tangent": (configs.GRAD_BLOCK, configs.SET_GRAD_BLOCK),
+}
+# Blocks of a segment that one program takes.
+SEGMENT_BLOCKS = {
+    "row_stats": configs.ROW_BLOCKS,
+    "row_sides": configs.SIDES_BLOCKS,
+    "row_tangent": configs.TANGENT_BLOCKS,
+}
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ROW_DTYPES = {**DTYPES, "fp64": 8}
 # In the assembly, and in the disassembly of the binary.
@@ -70,7 +88,7 @@ class Case:
     active: bool = True  # some rows are masked
     # What is a multiple of 16: "all" sizes and addresses, those of the "operands" of a GEMM only, or "none".
     aligned: str = "all"
-    out: str | None = None  # dtype of a gradient that is narrower than its logits
+    out: str | None = None  # dtype of a gradient that is narrower than its logits; "none": not asked for
     sets: str = "none"  # how the set of a row is told from the rest
 
     @property
@@ -88,11 +106,11 @@ class Case:
 
 
 def cases(archs, dtypes, kinds=("index", "dense", "topk")) -> list[Case]:
-    """The variant of each kernel that does most, and of row_grad the one without a set."""
+    """The variant of each kernel that does most, and of those that may have a set the one without."""
     found = []
     for arch, kernel in product(archs, KERNELS):
         known = ("threshold", "listed") if kernel == "row_sides" else ("none",)
-        known += ("threshold", "listed") if kernel == "row_grad" else ()
+        known += ("threshold", "listed") if kernel in ("row_grad", *SECOND) else ()
         has_target = kernel not in (*MERGES, "row_sides")
         for dtype in dtypes if kernel not in MERGES else ("fp32",):
             for kind, sets in product(kinds if has_target else ("none",), known):
@@ -115,6 +133,12 @@ def all_cases(archs) -> list[Case]:
                 narrower = ("bf16", "fp16") if dtype == "fp32" else ()
                 for out, sets in product((None, *narrower), SETS):
                     found.append(Case("row_grad", arch, dtype, out=out, sets=sets, **variant))
+                for sets in SETS:
+                    found.append(Case("row_tangent", arch, dtype, sets=sets, **variant))
+                    found += [
+                        Case("row_grad_tangent", arch, dtype, out=out, sets=sets, **variant)
+                        for out in (None, "none")
+                    ]
                 if kind == "none":
                     found += [
                         Case("row_sides", arch, dtype, sets=s, **variant) for s in ("threshold", "listed")
@@ -151,10 +175,13 @@ def covering_cases(archs) -> list[Case]:
             found += [Case(kernel, arch, dtype, **variant) for kernel in ("stream_stats", "stream_grad")]
             found.append(Case("row_stats", arch, dtype if active else "fp64", **variant))
             found.append(Case("row_grad", arch, dtype, out="bf16" if dtype == "fp32" else None, **variant))
+            found.append(Case("row_tangent", arch, dtype if active else "fp64", **variant))
+            out = None if capped else "none"
+            found.append(Case("row_grad_tangent", arch, dtype if active else "fp64", out=out, **variant))
         for kind, capped, bias, active, aligned, dtype, sets in sets_plan:
             variant = {"capped": capped, "bias": bias, "active": active, "aligned": aligned, "sets": sets}
             found.append(Case("row_sides", arch, dtype, "none", **variant))
-            found.append(Case("row_grad", arch, dtype, kind, **variant))
+            found += [Case(kernel, arch, dtype, kind, **variant) for kernel in ("row_grad", *SECOND)]
     return found
 
 
@@ -167,24 +194,20 @@ def _source(case: Case) -> tuple[ASTSource, dict]:
         "TARGET": KINDS[case.kind],
         "SET": SETS[case.sets],
         "CAPPED": case.capped,
-        "BLOCK": configs.ROW_BLOCK,
-        "BLOCKS": configs.ROW_BLOCKS,
+        "BLOCK": BLOCKS.get(case.kernel, (None, None))[case.sets != "none"],
+        "BLOCKS": SEGMENT_BLOCKS.get(case.kernel),
         "TOPK_BLOCK": configs.TOPK_BLOCK,
         "ROWS": 8,
         "SPLITS": configs.MERGE_TILE // 8,
     }
-    if case.kernel == "row_grad":
-        constants["BLOCK"] = configs.GRAD_BLOCK if case.sets == "none" else configs.SET_GRAD_BLOCK
-    if case.kernel == "row_sides":
-        constants |= {"BLOCK": configs.SIDES_BLOCK, "BLOCKS": configs.SIDES_BLOCKS}
     operand = {}
     if config:
         options = config.options
         constants |= config.constants | {"SEGMENTS": configs.ARCHITECTURES[case.arch].segments}
         operand = {"hidden": config.block_m, "weight": config.block_n}
     types = {
-        "logits": f"*{case.dtype}",
-        "out": f"*{case.out or case.dtype}",
+        **dict.fromkeys(("logits", "tangent", "out_tangent"), f"*{case.dtype}"),
+        "out": None if case.out == "none" else f"*{case.out or case.dtype}",
         "best": "*i64",
         "argmax": "*i64",
         "active": "*i1" if case.active else None,
@@ -194,7 +217,8 @@ def _source(case: Case) -> tuple[ASTSource, dict]:
         "bias": f"*{wide}" if case.bias else None,
         "logit_scale": "fp64",
         "softcap": "fp64",
-        **dict.fromkeys(("parts", "partial", "sides", "norm", "coef"), f"*{wide}"),
+        **dict.fromkeys(("parts", "partial", "sides", "sums", "norm", "coef"), f"*{wide}"),
+        **dict.fromkeys(("norm_tangent", "coef_tangent"), f"*{wide}"),
     }
     for name, block in operand.items():
         types[name] = f"*{case.dtype}"

@@ -3,7 +3,7 @@
     python benchmarks/aot_report.py                     every configuration, as tables
     python benchmarks/aot_report.py --arch sm_90 --dtype bf16 --kind index --no-roofline
     python benchmarks/aot_report.py --json report.json
-    python benchmarks/aot_report.py --all               every variant of a launch, summed up: an hour
+    python benchmarks/aot_report.py --all               every variant of a launch, summed up: hours
 
 `loop` is the loop over D, for each warp: matrix instructions and all others. `issue` is the share of the
 tensor cores' time that issuing the others takes, and `epilogue` the same for what is done to each finished
@@ -49,7 +49,7 @@ def collect(cases: list, jobs: int) -> list[dict]:
 
 
 COLUMNS = (
-    ("kernel", "kernel", 13),
+    ("kernel", "kernel", 16),
     ("arch", "arch", 7),
     ("dtype", "dtype", 6),
     ("target", "target", 7),
@@ -85,13 +85,14 @@ def print_summary(rows: list[dict]) -> None:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["kernel"], row["arch"], row["dtype"]), []).append(row)
-    print("kernel        arch    dtype  variants  registers  spilling  shared, at most  matrix instruction")
+    title = f"{'kernel':<16} {'arch':<7} {'dtype':<6} variants  registers  spilling  shared, at most"
+    print(f"{title}  matrix instruction")
     for (kernel, arch, dtype), found in groups.items():
         registers, shared = ([row[key] for row in found] for key in ("registers", "shared"))
         used = {row["tensor_core"] or "none" for row in found if "tensor_core" in row}
         spilling = sum(row["spill_bytes"] > 0 for row in found)
         print(
-            f"{kernel:<13} {arch:<7} {dtype:<6} {len(found):>8}  {min(registers):>3} - {max(registers):<3}  "
+            f"{kernel:<16} {arch:<7} {dtype:<6} {len(found):>8}  {min(registers):>3} - {max(registers):<3}  "
             f"{spilling:>8}  {max(shared):>15}  {', '.join(sorted(used))}"
         )
     for row in rows:

@@ -235,17 +235,29 @@ def transform(raw, bias, logit_scale, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def gradient(z, maximum, log_sum, c, logit_scale, softcap, mass, CAPPED: tl.constexpr):
-    """dloss/draw of a tile of logits z that carries target mass (None: none)."""
+def probability(z, maximum, log_sum):
+    """(p, log p) of logits, the latter no lower than `LOG_ZERO`."""
     log_p = (z - maximum) - log_sum
-    p = tl.exp(log_p)
-    grad = prob_gradient(p, tl.where(log_p < LOG_ZERO, LOG_ZERO, log_p), c)
-    if mass is not None:
-        grad += target_gradient(mass, p, c)
-    grad += logit_gradient(z, c)
+    return tl.exp(log_p), tl.where(log_p < LOG_ZERO, LOG_ZERO, log_p)
+
+
+@triton.jit
+def to_raw_gradient(grad, z, logit_scale, softcap, CAPPED: tl.constexpr):
+    """dloss/dz of logits z to dloss/draw."""
     if CAPPED:
         grad *= softcap_slope(z, 1.0 / scalar(softcap, z.dtype))
     return grad * scalar(logit_scale, z.dtype)
+
+
+@triton.jit
+def gradient(z, maximum, log_sum, c, logit_scale, softcap, mass, CAPPED: tl.constexpr):
+    """dloss/draw of a tile of logits z that carries target mass (None: none)."""
+    p, log_p = probability(z, maximum, log_sum)
+    grad = prob_gradient(p, log_p, c)
+    if mass is not None:
+        grad += target_gradient(mass, p, c)
+    grad += logit_gradient(z, c)
+    return to_raw_gradient(grad, z, logit_scale, softcap, CAPPED)
 
 
 @triton.jit

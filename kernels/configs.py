@@ -134,10 +134,14 @@ ROW_BLOCKS = 4
 # Of row_sides, which holds the logits of both sides: with 16 to a thread some variants spill.
 SIDES_BLOCK = 2048
 SIDES_BLOCKS = 8
-# Columns in a program of row_grad: with 16 to a thread the assembler spills a few bytes in some variants.
+# Columns in a program of row_grad and row_grad_tangent: with 16 to a thread the assembler spills a few bytes
+# in some variants.
 GRAD_BLOCK = 2048
 # With a set each entry has its own coefficients: 8 to a thread spill a few bytes on sm_80.
 SET_GRAD_BLOCK = 1024
+# Of row_tangent, which keeps up to 14 sums for each column of a block: one for each lane and side.
+TANGENT_BLOCK = 1024
+TANGENT_BLOCKS = 16
 ROW_WARPS = 8
 # Top-k entries of a row that are looked at together; of the many rows of a streaming tile, fewer.
 TOPK_BLOCK = 64

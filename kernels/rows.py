@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from .arithmetic import (
-    COEFFICIENTS,
     DENSE,
     FIELDS,
     INDEX,
@@ -23,14 +22,11 @@ from .arithmetic import (
     NO_TARGET,
     SIDE_FIELDS,
     SUM_SCALE,
-    THRESHOLD,
     TOPK,
     Partial,
     Side,
-    choose_coefficients,
     first_maximum,
     gradient,
-    load_coefficients,
     load_partial,
     load_side,
     merge,
@@ -43,34 +39,14 @@ from .arithmetic import (
     store_partial,
     store_side,
     takes_argmax,
-    transform,
 )
+from .entries import in_set, load_logits, load_mass, load_own, load_own_coefficients
 
 # Of integers, only sizes that a model fixes are worth compiling for.
-_VARYING = ("rows", "offset", "splits")
+VARYING = ("rows", "offset", "splits")
 
 
-@triton.jit
-def _load_logits(
-    logits, bias, columns, mask, logit_scale, softcap, CAPPED: tl.constexpr, DTYPE: tl.constexpr
-):
-    """Logits of one row at some columns, -inf where masked; and the mask once more."""
-    raw = tl.load(logits + columns, mask=mask, other=0.0).to(DTYPE)
-    if bias is not None:
-        bias = tl.load(bias + columns, mask=mask, other=0.0).to(DTYPE)
-    return tl.where(mask, transform(raw, bias, logit_scale, softcap, CAPPED), float("-inf"))
-
-
-@triton.jit
-def _in_set(z, members, row, column, mask, members_stride, SET: tl.constexpr):
-    """Which entries of one row are in its set: those of at least members[row], or those marked in members."""
-    if SET == THRESHOLD:
-        return z >= tl.load(members + row)
-    else:
-        return tl.load(members + row * members_stride + column, mask=mask, other=0) != 0
-
-
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def row_stats(
     logits,  # [rows, columns], row stride logits_stride
     parts,  # out [splits, 11, rows]
@@ -109,7 +85,7 @@ def row_stats(
     for start in range(first, last, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < columns
-        z = _load_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, DTYPE)
+        z = load_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, DTYPE)
         maximum = tl.max(z, 0)
         place = first_maximum(z, maximum, column, 0)
         d = z - origin(maximum)
@@ -149,7 +125,7 @@ def row_stats(
             at = row * entries + k
             column = tl.load(target + at, mask=k < entries, other=-1) - offset
             inside = (k < entries) & (column >= first) & (column < last)
-            z = _load_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, DTYPE)
+            z = load_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, DTYPE)
             b = inside.to(DTYPE)
             if TARGET == TOPK:
                 b = tl.load(target_prob + at, mask=inside, other=0.0).to(DTYPE)
@@ -175,7 +151,7 @@ def row_stats(
     tl.store(best + split * rows + one, argmax)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def merge_parts(
     parts,  # [splits, 11, rows]
     best,  # [splits, rows]
@@ -225,7 +201,7 @@ def merge_parts(
     store_partial(partial, row, rows, merge(known, new), wanted)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def row_sides(
     logits,  # [rows, columns], row stride logits_stride
     parts,  # out [splits, 6, rows]
@@ -259,8 +235,8 @@ def row_sides(
     for start in range(first, tl.minimum(first + BLOCK * BLOCKS, columns), BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < columns
-        z = _load_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, DTYPE)
-        chosen = _in_set(z, members, row, column, inside, members_stride, SET)
+        z = load_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, DTYPE)
+        chosen = in_set(z, members, row, column, inside, members_stride, SET)
         # Past the end of the row z is -inf, which adds nothing to either side.
         inside_set = merge_side(inside_set, side_of(z, chosen))
         rest = merge_side(rest, side_of(z, ~chosen))
@@ -271,7 +247,7 @@ def row_sides(
     store_side(parts + SIDE_FIELDS * rows, one, rows, rest, everything)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def merge_sides(
     parts,  # [splits, 6, rows]
     sides,  # in and out [6, rows]
@@ -299,7 +275,7 @@ def merge_sides(
     store_side(sides + at, row, rows, merge_side(known, new), wanted)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def row_grad(
     logits,  # [rows, columns], row stride logits_stride
     out,  # [rows, columns], row stride out_stride; may be the logits
@@ -326,7 +302,8 @@ def row_grad(
 ):
     """dloss/draw of one block of one row."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(1) * BLOCK
+    column = first + tl.arange(0, BLOCK)
     inside = column < columns
     DTYPE: tl.constexpr = norm.dtype.element_ty
     if active is not None:
@@ -337,30 +314,17 @@ def row_grad(
                 mask=inside,
             )
             return
-    z = _load_logits(logits + row * logits_stride, bias, column, inside, logit_scale, softcap, CAPPED, DTYPE)
-    c = load_coefficients(coef, row, rows.to(tl.int64), row < rows)
-    if TARGET == NO_TARGET:
-        mass = None
-    else:
-        mass = tl.zeros((BLOCK,), DTYPE)
-    if TARGET == INDEX:
-        mass = (column == tl.load(target + row) - offset).to(DTYPE)
-    if TARGET == DENSE:
-        mass = tl.load(target + row * target_stride + column, mask=inside, other=0.0).to(DTYPE)
-    if TARGET == TOPK:
-        start = offset + tl.program_id(1) * BLOCK
-        for k in range(0, target_stride):
-            index = tl.load(target + row * target_stride + k)
-            if (index >= start) & (index < start + BLOCK):
-                mass += tl.where(
-                    column == index - offset, tl.load(target_prob + row * target_stride + k), 0.0
-                )
-    maximum, log_sum = tl.load(norm + row), tl.load(norm + rows + row)
+    z = load_logits(logits + row * logits_stride, bias, column, inside, logit_scale, softcap, CAPPED, DTYPE)
+    chosen = None
     if SET != NO_SET:
-        chosen = _in_set(z, members, row, column, inside, members_stride, SET)
-        of_set = coef + COEFFICIENTS * rows.to(tl.int64)
-        c = choose_coefficients(chosen, load_coefficients(of_set, row, rows.to(tl.int64), row < rows), c)
-        maximum = tl.where(chosen, tl.load(norm + 2 * rows + row), maximum)
-        log_sum = tl.where(chosen, tl.load(norm + 3 * rows + row), log_sum)
+        chosen = in_set(z, members, row, column, inside, members_stride, SET)
+    rows = rows.to(tl.int64)
+    c = load_own_coefficients(coef, row, rows, chosen)
+    mass = None
+    if TARGET != NO_TARGET:
+        mass = load_mass(
+            target, target_prob, row, first, column, inside, target_stride, offset, TARGET, BLOCK, DTYPE
+        )
+    maximum, log_sum = load_own(norm, 0, 2, row, rows, chosen), load_own(norm, 1, 2, row, rows, chosen)
     grad = gradient(z, maximum, log_sum, c, logit_scale, softcap, mass, CAPPED)
     tl.store(out + row * out_stride + column, grad.to(out.dtype.element_ty), mask=inside)

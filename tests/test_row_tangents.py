@@ -4,6 +4,8 @@ Kernels write into buffers of NaN, in both layouts, tile by tile, on hostile row
 and the yardstick of float32 is the error of the same formula in plain float32 PyTorch.
 """
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -195,6 +197,29 @@ def test_every_set(kind, of_set, backend, transposed):
     check(Moving(F64, 130, kind, of_set=of_set), backend, 1, transposed)
 
 
+def check_hostile(moving, backend, transposed=False):
+    """As `check`, of hostile rows: finite where float64 is, and no worse than plain PyTorch."""
+    exact = moving.sums(second.row_tangent, F64)
+    keep = exact.abs() < 1e30  # sums of z moved may be as large as the logits
+    device = backends.BACKENDS[backend]
+    rough = moving.sums(second.row_tangent)
+    ours = moving.sums(device.row_tangent, None, 3, transposed)
+    for name, x in (("plain", rough), ("kernel", ours)):
+        assert x[keep].isfinite().all(), name
+    for row in range(len(exact)):
+        at = keep[row]
+        if not at.any():
+            continue
+        size = exact[row][at].abs().max().item()
+        assert_no_worse(ours[row][at], exact[row][at], rough[row][at], 2e-6 * (1 + size), "sums")
+    true = moving.gradients(second.row_grad_tangent, F64)
+    usual = moving.gradients(second.row_grad_tangent)
+    ours = moving.gradients(device.row_grad_tangent, None, 3, transposed)
+    for name, a, b, c in zip(("gradient", "derivative"), ours, true, usual):
+        assert a.isfinite().all()
+        assert_no_worse(a, b, c, 4e-6 * (1 + b.abs().max().item()), name)
+
+
 @layouts
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("of_set", [None, "threshold", "listed"])
@@ -202,26 +227,7 @@ def test_every_set(kind, of_set, backend, transposed):
 def test_hostile_rows(how, of_set, backend, transposed):
     """Peaked rows, offsets of 1e4, impossible entries, numbers near the largest: no NaN, no worse."""
     for kind in ("index", "dense"):
-        moving = Moving(F32, 259, kind, how, of_set)
-        exact = moving.sums(second.row_tangent, F64)
-        keep = exact.abs() < 1e30  # sums of z moved may be as large as the logits
-        device = backends.BACKENDS[backend]
-        rough = moving.sums(second.row_tangent)
-        ours = moving.sums(device.row_tangent, None, 3, transposed)
-        for name, x in (("plain", rough), ("kernel", ours)):
-            assert x[keep].isfinite().all(), name
-        for row in range(len(exact)):
-            at = keep[row]
-            if not at.any():
-                continue
-            size = exact[row][at].abs().max().item()
-            assert_no_worse(ours[row][at], exact[row][at], rough[row][at], 2e-6 * (1 + size), "sums")
-        true = moving.gradients(second.row_grad_tangent, F64)
-        usual = moving.gradients(second.row_grad_tangent)
-        ours = moving.gradients(device.row_grad_tangent, None, 3, transposed)
-        for name, a, b, c in zip(("gradient", "derivative"), ours, true, usual):
-            assert a.isfinite().all()
-            assert_no_worse(a, b, c, 4e-6 * (1 + b.abs().max().item()), name)
+        check_hostile(Moving(F32, 259, kind, how, of_set), backend, transposed)
 
 
 @layouts
@@ -303,3 +309,14 @@ def test_what_a_kernel_is_given_is_checked():
     operator = torch.ops.tightrope.row_grad_tangent
     with pytest.raises(ValueError, match="norm_tangent"):
         operator(z, z, None, z.clone(), norm, torch.zeros(2, 4), torch.zeros(7, 4), torch.zeros(7, 4), *tail)
+
+
+def test_every_backend_has_primitives_of_its_own():
+    """A field of the table that lands in another's place, or a GPU that is left to plain PyTorch."""
+    table = backends.BACKENDS
+    assert table["cuda"].fuses is backends._cuda_fuses
+    kernels = ["cpu", *(("cuda", "triton") if importlib.util.find_spec("triton") else ())]
+    for name in ("row_tangent", "row_grad_tangent"):
+        assert getattr(table["eager"], name) is getattr(second, name)
+        for backend in kernels:
+            assert getattr(table[backend], name) not in (getattr(second, name), backends._cuda_fuses)

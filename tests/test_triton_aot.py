@@ -36,7 +36,7 @@ def report():
 def test_every_class_of_variants_compiles_without_spills_within_shared_memory(report, arch):
     """A covering part of what `aot_report.py --all` compiles; docs/gpu.md has what that gave."""
     rows = [row for row in report["kernels"] if row["arch"] == arch]
-    for kernel in ("row_stats", "row_grad", "stream_stats", "stream_grad"):
+    for kernel in ("row_stats", "row_grad", "row_tangent", "row_grad_tangent", "stream_stats", "stream_grad"):
         found = [row for row in rows if row["kernel"] == kernel and row["set"] == "none"]
         for key, values in {
             "dtype": {"bf16", "fp16", "fp32"},
@@ -47,10 +47,12 @@ def test_every_class_of_variants_compiles_without_spills_within_shared_memory(re
             "active": {True, False},
         }.items():
             assert {row[key] for row in found} >= values, (kernel, key)
-    for kernel in ("row_sides", "row_grad"):
+    for kernel in ("row_sides", "row_grad", "row_tangent", "row_grad_tangent"):
         found = [row for row in rows if row["kernel"] == kernel and row["set"] != "none"]
         assert {row["set"] for row in found} == {"threshold", "listed"}
         assert {row["dtype"] for row in found} == {"bf16", "fp16", "fp32", "fp64"}
+    # A Hessian-vector product of frozen parts has no use for the gradient itself.
+    assert "none" in {row["out"] for row in rows if row["kernel"] == "row_grad_tangent"}
     table = configs.ARCHITECTURES[arch]
     shipped = (
         table.half,

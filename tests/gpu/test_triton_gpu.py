@@ -92,6 +92,30 @@ def test_against_the_reference(n, d, v, options, dtype, kind, strategy):
         assert (got.double().cpu() - want).norm() <= allowed
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("options", TERMS, ids=["all", "short"])
+@pytest.mark.parametrize(("n", "d", "v"), SIZES)
+def test_a_hessian_vector_product(n, d, v, options, strategy):
+    """Another row's scalars, or a launch that is cut wrongly at real sizes."""
+    hidden, weight, bias, target = tensors(n, d, v, torch.float32)
+    make = torch.Generator("cuda").manual_seed(1)
+    directions = [torch.randn(t.shape, device="cuda", generator=make) for t in (hidden, weight, bias)]
+
+    def product(function, dtype, device, **given):
+        values = [t.detach().to(device, dtype).requires_grad_() for t in (hidden, weight, bias)]
+        loss = function(*values[:2], target.to(device), values[2], **options, **given)
+        gradients = torch.autograd.grad(loss, values, create_graph=True)
+        return torch.autograd.grad(gradients, values, [x.to(device, dtype) for x in directions])
+
+    given = {"strategy": strategy, "backend": "triton"}
+    actual = product(tightrope.linear_reality_creativity_loss, torch.float32, "cuda", **given)
+    dense = reference.linear_reality_creativity_loss
+    exact, rough = (product(dense, dtype, "cpu") for dtype in (torch.float64, torch.float32))
+    for one, true, usual in zip(actual, exact, rough):
+        error, known = ((x.cpu().double() - true).norm() for x in (one, usual))
+        assert error <= 2e-5 * true.norm() + 4 * known + 1e-6
+
+
 def test_float32_logits_are_as_exact_as_ieee_products():
     """tf32x3 on NVIDIA: entries of one sign, where truncated sums would drift."""
     hidden, weight, _, target = tensors(256, 4096, 4096, torch.float32)

@@ -101,13 +101,13 @@ def _cuda_fuses(rows: int, vocab_size: int, sparse: int, dtype: torch.dtype, dev
     return _cuda_extension.fuses(rows, vocab_size, sparse, dtype == torch.float64, device.index)
 
 
-def _triton(primitive: str) -> Callable:
-    """A primitive of the Triton backend, which is imported when it is first called."""
+def _triton(primitive: str, module: str = "triton") -> Callable:
+    """A primitive of the Triton backend, whose module is imported when it is first called."""
 
     def call(tensor, *args):
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(tensor):
-            return getattr(importlib.import_module(f"{__name__}.triton"), primitive)(tensor, *args)
+            return getattr(importlib.import_module(f"{__name__}.{module}"), primitive)(tensor, *args)
 
     return call
 
@@ -122,6 +122,9 @@ def _find_triton() -> tuple[bool, str]:
 
 _has_triton, _triton_detail = _find_triton()
 _STREAMING = {name: _triton(name) for name in ("stream_stats", "stream_grad", "serves_stream") if _has_triton}
+_SECOND = {
+    name: _triton(name, "triton_second") for name in ("row_tangent", "row_grad_tangent") if _has_triton
+}
 
 
 # In order of preference.
@@ -139,7 +142,7 @@ BACKENDS = {
             row_tangent=torch.ops.tightrope.row_tangent,
             row_grad_tangent=torch.ops.tightrope.row_grad_tangent,
         ),
-        # Its own row kernels, and Triton's streaming ones.
+        # Its own row kernels, and Triton's streaming ones and those of second order.
         Backend(
             "cuda",
             ("cuda",),
@@ -149,8 +152,9 @@ BACKENDS = {
             torch.ops.tightrope.row_grad,
             torch.ops.tightrope.row_sides,
             torch.ops.tightrope.row_loss_grad,
-            _cuda_fuses,
+            fuses=_cuda_fuses,
             **_STREAMING,
+            **_SECOND,
             narrows=True,
             max_topk=getattr(_cuda_extension, "max_topk", None),
         ),
@@ -163,6 +167,7 @@ BACKENDS = {
             _triton("row_grad"),
             _triton("row_sides"),
             **_STREAMING,
+            **_SECOND,
             narrows=True,
             on_request=("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else (),
         ),
