@@ -215,7 +215,9 @@ def registered():
 
 
 # Called by the other operators, where no mode sees them; they write into arguments, see below.
-PRIMITIVES = {f"tightrope::row_{name}" for name in ("stats", "sides", "grad", "loss_grad")}
+PRIMITIVES = {
+    f"tightrope::{name}" for name in ("row_stats", "row_sides", "row_grad", "row_loss_grad", "column_sums")
+}
 
 
 def test_every_operator_is_checked():
@@ -251,6 +253,8 @@ def test_primitives(name, kind):
     partial = empty_partial(rows, torch.float32, torch.device("cpu"))
     if name.endswith("row_stats"):
         args = (logits, *partial, *tail)
+    elif name.endswith("column_sums"):
+        args = (logits, randn(2, rows), 4.0, torch.full((3, logits.shape[1]), torch.nan))
     elif name.endswith("row_sides"):
         threshold = torch.zeros(rows)
         args = (logits, empty_sides(rows, torch.float32, torch.device("cpu")), 0, threshold, None, *tail[1:])

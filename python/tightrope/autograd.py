@@ -21,7 +21,7 @@ from .distributed.collectives import same_on_ranks
 from .losses import RealityCreativity
 from .statistics import FLOATING, RowStats, StatGrads, row_stats
 from .strategies import ops, own
-from .strategies.chunked import Needs
+from .strategies.products import Needs
 
 _FIRST_ORDER = (
     "tightrope: got a derivative of a gradient (a gradient penalty, a Hessian-vector product, any use of "
@@ -149,14 +149,14 @@ class ChunkedLoss(Function):
     """``sum(row_scale * loss)`` of the built-in losses, with its gradients made in the forward pass.
 
     (row_scale [N], balance [N], target_square [N], family, input [N, D], weight [V, D], bias [V],
-    *LinearArguments) -> (loss, summary [SUMMARY, N], argmax [N]); only the loss has a gradient.
+    *LinearArguments) -> (loss, summary [SUMMARY, N], argmax [N], sampling [3]); only the loss has a gradient.
     """
 
     @staticmethod
     def forward(ctx, row_scale, balance, target_square, family, input, weight, bias, *flat):
         arguments = LinearArguments(*flat)
         needed = (*ctx.needs_input_grad[4:7], _temperature_needed(ctx, 7, LinearArguments))
-        row_loss, summary, argmax, *gradients, to_balance = ops.linear_loss(
+        row_loss, summary, argmax, *gradients, to_balance, sampling = ops.linear_loss(
             row_scale,
             balance,
             target_square,
@@ -171,8 +171,8 @@ class ChunkedLoss(Function):
         ctx.save_for_backward(row_loss, to_balance, *_wanted(gradients, needed), *sources)
         ctx.dtypes = [None if t is None else t.dtype for t in sources]
         ctx.shared_by = arguments.group if arguments.sharded else None
-        ctx.mark_non_differentiable(summary, argmax)
-        return (row_scale * row_loss).sum(), summary, argmax
+        ctx.mark_non_differentiable(summary, argmax, sampling)
+        return (row_scale * row_loss).sum(), summary, argmax, sampling
 
     @staticmethod
     @first_order
@@ -195,7 +195,7 @@ class OwnChunkedLoss(Function):
     @staticmethod
     def forward(ctx, loss_fn, row_scale, input, weight, bias, temperature, arguments, *row_args):
         needs = ctx.needs_input_grad
-        record, gradients = own.loss_and_gradients(
+        record, gradients, sampling = own.loss_and_gradients(
             loss_fn, row_scale, row_args, needs[7:], Needs(*needs[2:6]), input, weight, bias, arguments
         )
         # Without a single row that counts, loss_fn was never called.
@@ -204,8 +204,8 @@ class OwnChunkedLoss(Function):
         ctx.save_for_backward(record.row_loss, *gradients.flat(), *to_args, *sources)
         ctx.dtypes = [None if t is None else t.dtype for t in sources]
         ctx.shared_by = arguments.group if arguments.sharded else None
-        ctx.mark_non_differentiable(record.summary, record.argmax)
-        return (row_scale * record.row_loss).sum(), record.summary, record.argmax
+        ctx.mark_non_differentiable(record.summary, record.argmax, sampling)
+        return (row_scale * record.row_loss).sum(), record.summary, record.argmax, sampling
 
     @staticmethod
     @first_order

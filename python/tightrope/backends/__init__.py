@@ -87,6 +87,7 @@ class Backend:
     serves_stream: Callable[..., bool] = lambda hidden, weight: False
     narrows: bool = False  # row_grad writes to an out of a narrower dtype than the logits
     max_topk: int | None = None  # entries of a top-k target that the row primitives take; None: any number
+    column_sums: Callable[..., None] = torch.ops.tightrope.column_sums
     on_request: tuple[str, ...] = ()  # devices that it serves where it is asked for by name
 
     def serves(self, device: torch.device, asked: bool = False) -> bool:
@@ -170,6 +171,7 @@ BACKENDS = {
             ops.row_grad,
             ops.row_sides,
             narrows=True,
+            column_sums=ops.column_sums,
         ),
     )
 }

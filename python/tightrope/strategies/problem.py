@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..arguments import SideArguments, TileArguments, Transform
+from ..arguments import NoiseArguments, SideArguments, TileArguments, Transform
 from ..backends import Backend
 from ..backends.ops import to_logits, to_raw_gradient
 from ..distributed.exchange import Exchange, Step
@@ -223,6 +223,7 @@ class LinearProblem(_Scored):
     input: Tensor
     weight: Tensor
     bias: Tensor | None
+    noise: NoiseArguments
 
     @cached_property
     def dtype(self) -> torch.dtype:

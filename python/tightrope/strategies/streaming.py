@@ -15,9 +15,11 @@ from torch import Tensor
 
 from ..statistics import norm_rows
 from . import plan
-from .chunked import Gradients, Needs, Plan, Reductions, chunk_gradients, side_by_side
+from .chunked import Plan, Reductions, chunk_gradients, side_by_side
 from .gemm import headroom, multiply
 from .problem import Chunk, Form, LinearProblem
+from .products import Gradients, Needs
+from .sampled import Sampler
 from .workspace import borrow
 
 Spans = list[tuple[int, int]]
@@ -102,7 +104,7 @@ def gradients(
     problem: LinearProblem, summary: Tensor, coef: Tensor, needs: Needs, workspace: int
 ) -> Gradients:
     """The gradients, in the tensors' dtypes, from the coefficients [7 or 14, N] of every row."""
-    if problem.exchange.owners > 1:
+    if problem.exchange.owners > 1 or Sampler.serves(problem, needs):
         return _by_chunks(problem, summary, coef, needs, workspace)
     dtype, rows = problem.dtype, problem.rows
     tiles, blocks = _backward_spans(problem, workspace)
@@ -185,10 +187,12 @@ def _over_ranks(
 def _by_chunks(
     problem: LinearProblem, summary: Tensor, coef: Tensor, needs: Needs, workspace: int
 ) -> Gradients:
-    """`gradients`, with the rows in chunks, so that no more than a chunk of other ranks' rows is here."""
+    """`gradients`, with the rows in chunks: no more than a chunk of other ranks' rows is here, or columns are
+    drawn for each chunk.
+    """
     how = Plan.of(problem, workspace, fusible=False)
     sums = Gradients.unwritten(problem, needs, len(how.chunks))
-    norm, reductions = norm_rows(summary), Reductions(sums)
+    norm, reductions, sampler = norm_rows(summary), Reductions(sums), Sampler.of(problem, needs, sums)
     with borrow(how.elements, problem.dtype, problem.device) as memory:
         for start, stop in how.chunks:
             own = problem.chunk(start, stop)
@@ -197,8 +201,10 @@ def _by_chunks(
                 part = memory[chunk.size * tile[0] :]
                 problem.raw_logits(hidden, problem.head(*tile), part, chunk, tile)
             of_rows = norm[:, own.where], coef[:, own.where]
-            chunk_gradients(problem, own, chunk, hidden, memory, *of_rows, reductions)
+            chunk_gradients(problem, own, chunk, hidden, memory, *of_rows, reductions, sampler)
         reductions.finish()
+    if sampler is not None:
+        sampler.finish()
     sources = (problem.input, problem.weight, problem.bias, problem.temperature)
     return Gradients(*(None if s is None else s.to(t.dtype) for s, t in zip(sums.flat(), sources)))
 
