@@ -110,7 +110,7 @@ class Sampler:
         draw = None
         # What all columns have in equal measure has nothing that is light.
         if not RowCoefficients(*form.coef[: len(RowCoefficients._fields)]).logit.any():
-            draw = self._draw(gradient, hidden, basis, sums)
+            draw = self._draw(chunk, gradient, hidden, basis, sums)
         size = chunk.size * problem.columns
         self.entries += size
         to_weight = self.sampled.to_weight
@@ -126,7 +126,9 @@ class Sampler:
         self.variance[1] += draw.weight_variance / scale**2
         return self._multiply(chunk, hidden, gradient, draw, basis, sums[:-1] / scale, exact_grad)
 
-    def _draw(self, gradient: Scaled, hidden: Tensor, basis: Tensor, sums: Tensor) -> Draw | None:
+    def _draw(
+        self, chunk: Chunk, gradient: Scaled, hidden: Tensor, basis: Tensor, sums: Tensor
+    ) -> Draw | None:
         """The columns to multiply; None for all."""
         along = sums[:-1]
         columns = Columns.of(along, sums[-1], self.heads)
@@ -143,13 +145,26 @@ class Sampler:
             to_input = self.noise.input_noise * pilot.norm_of_sum(product, sizes)
         if self.sampled.to_weight is not None:
             product = multiply(first, hidden, hidden.new_empty(len(first), hidden.shape[1]), rows="m")
-            to_weight = self.noise.weight_noise * math.sqrt(pilot.total(product.square().sum(-1)))
+            # Of the sum over the chunks so far what this one adds to the square of its norm: so the noise of
+            # all chunks is within bounds of the gradient of all, whether they add up or cancel.
+            growth = product * (product + 2 * gradient.scale * self._so_far(chunk, pilot.index))
+            growth = pilot.total(growth.sum(-1))
+            to_weight = 0.0 if growth < 0 else self.noise.weight_noise * math.sqrt(growth)
             rest = product.addmm_(along[:, pilot.index].t(), basis @ hidden, alpha=-1)
             ratio = rest.double().square().sum(-1) / columns.residual[pilot.index].square()
             gain = math.sqrt(pilot.mean_of_random(ratio))
         if not all(x is None or x < math.inf for x in (to_input, to_weight)):
             return None
         return Draw.of(columns, pilot, importance(columns, to_input, to_weight, gain), gain)
+
+    def _so_far(self, chunk: Chunk, index: Tensor) -> Tensor:
+        """Some rows of the gradient of the head, as the chunks before this one have made it."""
+        if chunk.first:
+            return self.sampled.to_weight.new_zeros(())
+        rows = self.sampled.to_weight.index_select(0, index)
+        for part in self.waiting:
+            rows.addmm_(part.along[:, index].t(), part.hidden)
+        return rows
 
     def _multiply(
         self,

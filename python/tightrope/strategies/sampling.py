@@ -26,6 +26,8 @@ PILOT_SHARE = 128
 PILOT_LEAST = 64
 # What is aimed at, of the noise that is allowed: the norms are estimates.
 _AIM = 0.95
+# Of an estimated square, over the noise in it: below this its error is that of the noise.
+_LEAST_SIGNAL = 10.0
 # What rounding leaves of |E_j|^2 = |G_j|^2 - |along_j|^2, over |G_j|^2 and in units of its dtype: no column
 # that has something to it may be taken for empty.
 _FLOOR = 32.0
@@ -77,8 +79,7 @@ class Pilot:
         """
         square = product.double().square().sum().item()
         noise = (sizes.square() * (1 - self.chance) / self.chance.square()).sum().item()
-        # Not max(): NaN is to stay.
-        return 0.0 if square <= noise else math.sqrt(square - noise)
+        return 0.0 if square < _LEAST_SIGNAL * noise else math.sqrt(square - noise)
 
     def mean_of_random(self, values: Tensor) -> float:
         """The mean of values [m] over the random columns; 0 where there is none."""

@@ -200,7 +200,7 @@ def _by_chunks(
             for tile in problem.tiles(chunk.size):
                 part = memory[chunk.size * tile[0] :]
                 problem.raw_logits(hidden, problem.head(*tile), part, chunk, tile)
-            of_rows = norm[:, own.where], coef[:, own.where]
+            of_rows = norm[:, own.where], coef[:, own.where].contiguous()
             chunk_gradients(problem, own, chunk, hidden, memory, *of_rows, reductions, sampler)
         reductions.finish()
     if sampler is not None:
