@@ -82,10 +82,8 @@ class Sampler:
 
     @staticmethod
     def serves(problem: LinearProblem, needs: Needs) -> bool:
-        """Whether a wanted gradient may be noisy; not on a GPU, where a draw would have to be waited for."""
-        noise = problem.noise
-        noisy = (needs.input_grad and noise.input_noise) or (needs.weight_grad and noise.weight_noise)
-        return bool(noisy) and problem.device.type == "cpu" and problem.operand == problem.dtype
+        """As `samples`."""
+        return samples(problem.noise, needs, problem.device, problem.operand, problem.dtype)
 
     @classmethod
     def of(cls, problem: LinearProblem, needs: Needs, gradients: Gradients) -> Sampler | None:
@@ -231,6 +229,17 @@ class Sampler:
     def _head_rows(self, index: Tensor) -> Tensor:
         """Some rows of the head, as a GEMM's operand."""
         return self.problem.operands(self.problem.weight.index_select(0, index), None)
+
+
+def samples(
+    noise: NoiseArguments, needs: Needs, device: torch.device, operand: torch.dtype, result: torch.dtype
+) -> bool:
+    """Whether a wanted gradient may be noisy; not on a GPU, where a draw would have to be waited for.
+
+    operand: of what goes into GEMMs. result: of the arithmetic.
+    """
+    noisy = (needs.input_grad and noise.input_noise) or (needs.weight_grad and noise.weight_noise)
+    return bool(noisy) and device.type == "cpu" and operand == result
 
 
 def in_full(problem: LinearProblem) -> Tensor:
