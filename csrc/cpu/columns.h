@@ -240,5 +240,41 @@ void column_grad(
   });
 }
 
+// As sum_of_rows of rows.h, for gradients whose rows are adjacent: a column goes through registers
+// once for each row vector, and is in the first-level cache from the second on.
+template <class T>
+void sum_of_columns(
+    const T* grad, int64_t stride, int64_t rows, int64_t cols, const T* along, int64_t ranks,
+    T scale, T* sums, int64_t sums_stride) {
+  using Vec = Vectorized<T>;
+  constexpr int64_t kLanes = Vec::size();
+  const int64_t whole = rows / kLanes * kLanes;
+  const Vec factor(scale);
+  at::parallel_for(0, cols, grain_size(rows), [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      const T* const column = grad + j * stride;
+      // The sum of column times by(i, lanes), which is of the same kind.
+      const auto product = [&](auto by) {
+        Vec sum(T(0));
+        for (int64_t i = 0; i < whole; i += kLanes) {
+          const Vec g = Vec::loadu(column + i) * factor;
+          sum = at::vec::fmadd(g, by(g, i, kLanes), sum);
+        }
+        if (whole < rows) {  // lanes past the end read 0
+          const Vec g = Vec::loadu(column + whole, rows - whole) * factor;
+          sum = at::vec::fmadd(g, by(g, whole, rows - whole), sum);
+        }
+        return horizontal_sum(sum);
+      };
+      for (int64_t k = 0; k < ranks; ++k) {
+        const T* const vector = along + k * rows;
+        sums[k * sums_stride + j] = product(
+            [&](const Vec&, int64_t i, int64_t lanes) { return Vec::loadu(vector + i, lanes); });
+      }
+      sums[ranks * sums_stride + j] = product([](const Vec& g, int64_t, int64_t) { return g; });
+    }
+  });
+}
+
 }  // namespace CPU_CAPABILITY
 }  // namespace tightrope::cpu

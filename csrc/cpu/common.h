@@ -107,6 +107,11 @@ struct Sets {
   }
 };
 
+template <class T>
+T horizontal_sum(const Vectorized<T>& v) {
+  return at::vec::vec_reduce_all([](Vectorized<T> a, Vectorized<T> b) { return a + b; }, v);
+}
+
 // Whether no lane of a comparison holds.
 template <class T>
 bool is_none(const Vectorized<T>& holds) {

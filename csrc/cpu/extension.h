@@ -183,6 +183,32 @@ void row_grad_op(
       });
 }
 
+void column_sums_op(const Tensor& grad, const Tensor& along, double scale, Tensor& sums) {
+  TORCH_CHECK_VALUE(
+      grad.dim() == 2 && along.dim() == 2, "grad and along have ", grad.dim(), " and ", along.dim(),
+      " dimensions, expected 2");
+  const int64_t rows = grad.size(0), cols = grad.size(1), ranks = along.size(0);
+  const bool transposed = !has_adjacent_entries(grad);
+  TORCH_CHECK_VALUE(
+      !transposed || has_adjacent_rows(grad), "grad has strides ", grad.strides(), ", expected a 1");
+  check(along, "along", {ranks, rows}, grad.scalar_type());
+  const at::IntArrayRef shape = sums.sizes();
+  TORCH_CHECK_VALUE(
+      sums.dim() == 2 && shape[0] == ranks + 1 && shape[1] == cols && has_adjacent_entries(sums),
+      "sums has shape ", shape, " and strides ", sums.strides(), ", expected [", ranks + 1, ", ",
+      cols, "], adjacent along the second");
+  TORCH_CHECK_TYPE(
+      sums.scalar_type() == grad.scalar_type(), "sums is ", sums.scalar_type(), ", expected ",
+      grad.scalar_type());
+  AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "tightrope::column_sums", [&] {
+    const auto kernel = transposed ? sum_of_columns<scalar_t> : sum_of_rows<scalar_t>;
+    kernel(
+        grad.const_data_ptr<scalar_t>(), grad.stride(transposed), rows, cols,
+        along.const_data_ptr<scalar_t>(), ranks, static_cast<scalar_t>(scale),
+        sums.data_ptr<scalar_t>(), sums.stride(0));
+  });
+}
+
 }  // namespace CPU_CAPABILITY
 }  // namespace tightrope::cpu
 
@@ -193,6 +219,7 @@ TORCH_LIBRARY_IMPL(tightrope, CPU, m) {
   m.impl("row_stats", TORCH_FN(tightrope::cpu::row_stats_op));
   m.impl("row_sides", TORCH_FN(tightrope::cpu::row_sides_op));
   m.impl("row_grad", TORCH_FN(tightrope::cpu::row_grad_op));
+  m.impl("column_sums", TORCH_FN(tightrope::cpu::column_sums_op));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -15,11 +15,6 @@ inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kRowBlock = 1024;
 
-template <class T>
-T horizontal_sum(const Vectorized<T>& v) {
-  return at::vec::vec_reduce_all([](Vectorized<T> a, Vectorized<T> b) { return a + b; }, v);
-}
-
 // Converts n raw values to logits in `z` and returns their maximum (NaN if any is NaN).
 template <class scalar_t, class T>
 T load_row_block(
@@ -219,6 +214,37 @@ void row_grad(
           }
         }
         at::vec::convert(g, out + i * out_stride + first, n);
+      }
+    }
+  });
+}
+
+// Sums over each column of gradients [rows, cols], row stride `stride`, times a scale: their
+// products with row vectors along [ranks, rows], then their squares. sums [ranks + 1, cols], row
+// stride `sums_stride`. Every column is summed by one thread, row by row.
+template <class T>
+void sum_of_rows(
+    const T* grad, int64_t stride, int64_t rows, int64_t cols, const T* along, int64_t ranks,
+    T scale, T* sums, int64_t sums_stride) {
+  using Vec = Vectorized<T>;
+  constexpr int64_t kLanes = Vec::size();
+  const int64_t blocks = (cols + kRowBlock - 1) / kRowBlock;
+  at::parallel_for(0, blocks, grain_size(rows * kRowBlock), [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kRowBlock; first < std::min(cols, end * kRowBlock);
+         first += kRowBlock) {
+      const int64_t n = std::min(kRowBlock, cols - first);
+      for (int64_t k = 0; k <= ranks; ++k) {
+        T* const sum = sums + k * sums_stride + first;
+        std::fill_n(sum, n, T(0));
+        for (int64_t i = 0; i < rows; ++i) {
+          const T* const row = grad + i * stride + first;
+          const Vec factor(scale), by(k < ranks ? along[k * rows + i] : T(0));
+          for (int64_t j = 0; j < n; j += kLanes) {
+            const int64_t lanes = std::min(kLanes, n - j);
+            const Vec g = Vec::loadu(row + j, lanes) * factor;
+            at::vec::fmadd(g, k < ranks ? by : g, Vec::loadu(sum + j, lanes)).store(sum + j, lanes);
+          }
+        }
       }
     }
   });
