@@ -216,7 +216,8 @@ def registered():
 
 # Called by the other operators, where no mode sees them; they write into arguments, see below.
 PRIMITIVES = {
-    f"tightrope::{name}" for name in ("row_stats", "row_sides", "row_grad", "row_loss_grad", "column_sums")
+    f"tightrope::{name}"
+    for name in ("row_stats", "row_sides", "row_grad", "row_loss_grad", "column_sums", "pair_product")
 }
 
 
@@ -253,6 +254,9 @@ def test_primitives(name, kind):
     partial = empty_partial(rows, torch.float32, torch.device("cpu"))
     if name.endswith("row_stats"):
         args = (logits, *partial, *tail)
+    elif name.endswith("pair_product"):
+        a, pairs = randn(8, 6, dtype=torch.bfloat16), randn(3, rows, 2, dtype=torch.bfloat16)
+        args = (a, pairs, torch.full((8, rows), torch.nan))
     elif name.endswith("column_sums"):
         args = (logits, randn(2, rows), 4.0, torch.full((3, logits.shape[1]), torch.nan))
     elif name.endswith("row_sides"):

@@ -15,6 +15,7 @@
 #include <optional>
 
 #include "columns.h"
+#include "pairs.h"
 #include "rows.h"
 
 namespace tightrope::cpu {
@@ -209,6 +210,21 @@ void column_sums_op(const Tensor& grad, const Tensor& along, double scale, Tenso
   });
 }
 
+void pair_product_op(const Tensor& a, const Tensor& pairs, Tensor& out) {
+  TORCH_CHECK_VALUE(
+      a.dim() == 2 && a.size(1) % 2 == 0 && has_adjacent_entries(a), "a has shape ", a.sizes(),
+      " and strides ", a.strides(), ", expected two dimensions, adjacent along the even second");
+  const int64_t rows = a.size(0), inner = a.size(1), cols = pairs.size(1);
+  TORCH_CHECK_TYPE(
+      a.scalar_type() == at::kBFloat16, "a is ", a.scalar_type(), ", expected ", at::kBFloat16);
+  check(pairs, "pairs", {inner / 2, cols, 2}, at::kBFloat16);
+  check(out, "out", {rows, cols}, at::kFloat);
+  if (out.numel() == 0) return;
+  pair_product(
+      a.const_data_ptr<at::BFloat16>(), a.stride(0), pairs.const_data_ptr<at::BFloat16>(),
+      out.data_ptr<float>(), rows, cols, inner);
+}
+
 }  // namespace CPU_CAPABILITY
 }  // namespace tightrope::cpu
 
@@ -220,10 +236,12 @@ TORCH_LIBRARY_IMPL(tightrope, CPU, m) {
   m.impl("row_sides", TORCH_FN(tightrope::cpu::row_sides_op));
   m.impl("row_grad", TORCH_FN(tightrope::cpu::row_grad_op));
   m.impl("column_sums", TORCH_FN(tightrope::cpu::column_sums_op));
+  m.impl("pair_product", TORCH_FN(tightrope::cpu::pair_product_op));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Tightrope's CPU kernels, built for one instruction set.";
   m.attr("capability") = TIGHTROPE_STRING(CPU_CAPABILITY);
+  m.attr("pairs") = tightrope::cpu::has_pair_products();
   m.attr("lanes") = at::vec::Vectorized<float>::size();
 }

@@ -88,6 +88,8 @@ class Backend:
     narrows: bool = False  # row_grad writes to an out of a narrower dtype than the logits
     max_topk: int | None = None  # entries of a top-k target that the row primitives take; None: any number
     column_sums: Callable[..., None] = torch.ops.tightrope.column_sums
+    # (a, pairs, out), where the CPU has instructions for products of bfloat16 with a float32 result
+    pair_product: Callable[..., None] | None = None
     on_request: tuple[str, ...] = ()  # devices that it serves where it is asked for by name
 
     def serves(self, device: torch.device, asked: bool = False) -> bool:
@@ -134,6 +136,7 @@ BACKENDS = {
             torch.ops.tightrope.row_stats,
             torch.ops.tightrope.row_grad,
             torch.ops.tightrope.row_sides,
+            pair_product=torch.ops.tightrope.pair_product if getattr(_extension, "pairs", False) else None,
         ),
         # Its own row kernels, and Triton's streaming ones.
         Backend(

@@ -13,6 +13,7 @@ at least threshold [R], or those among classes [R, K] int64 (ascending, repeated
 rest. With a set row_grad takes norm [4, R] and coef [14, R]: those of the rest, then those of the set.
 column_sums writes sums [r + 1, T] over the columns of gradients [R, T] times a scale: their products with
 along [r, R], and their squares.
+pair_product writes out [M, N] = a [M, K] times pairs [K / 2, N, 2], bfloat16 both, K even, in float32.
 row_loss_grad takes whole rows: with upstream [11, R] (`RowUpstream`) it writes partial, argmax and out in one
 go; where the backend fuses, an out of a narrower dtype may have the front of each row's memory.
 Arithmetic is float32, float64 for float64 logits; all but logits and out have that dtype.
@@ -200,6 +201,11 @@ def column_sums(grad, along, scale, sums) -> None:
     sums[-1] = scaled.square().sum(0)
 
 
+def pair_product(a, pairs, out) -> None:
+    """Write a product of bfloat16 matrices, in float32, to out; see the top of this file."""
+    torch.mm(a.float(), pairs.transpose(1, 2).flatten(0, 1).float(), out=out)
+
+
 def row_loss_grad(logits, out, partial, argmax, upstream, *arguments) -> None:
     """Write statistics and dloss/dlogits of whole rows in one operator; see the top of this file."""
     tile = TileArguments(*arguments)
@@ -246,6 +252,13 @@ define(
     Signature("Tensor grad", "Tensor along", "float scale", "Tensor(a!) sums"),
     "()",
     column_sums,
+    _fake,
+)
+define(
+    "pair_product",
+    Signature("Tensor a", "Tensor pairs", "Tensor(a!) out"),
+    "()",
+    pair_product,
     _fake,
 )
 define(

@@ -191,9 +191,10 @@ def chunk_statistics(
     """
     partial, argmax = problem.new_partial(chunk.size)
     tiles = problem.tiles(chunk.size)
+    factor = problem.factor(hidden)
     for tile in tiles:
         part = memory[chunk.size * tile[0] :]
-        raw = problem.raw_logits(hidden, problem.head(*tile), part, chunk, tile)
+        raw = problem.raw_logits(factor, part, chunk, tile)
         problem.row_stats(raw, partial, argmax, chunk, tile)
     again = (
         (problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0]), tile) for tile in tiles

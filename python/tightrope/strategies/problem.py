@@ -273,15 +273,48 @@ class LinearProblem(_Scored):
             return memory[: rows * entries].view(entries, rows).t()
         return memory[: rows * entries].view(rows, entries)
 
+    @cached_property
+    def pairs(self) -> bool:
+        """Whether logits are made of bfloat16 tensors as they are, in float32."""
+        product, widths = self.backend.pair_product, (self.weight.shape[1], *self.weight.stride())
+        fits = widths[0] % 2 == 0 and widths[0] > 0 and widths[2] == 1
+        return product is not None and fits and self.input.dtype == self.weight.dtype == torch.bfloat16
+
+    def factor(self, hidden: Tensor) -> Tensor:
+        """Hidden states [n, D] as `raw_logits` takes them."""
+        if not self.pairs or self.dtype != torch.float32:
+            return hidden
+        # Two bfloat16 are one int32, which is transposed faster. They were bfloat16 before they were float32.
+        return (
+            hidden.to(torch.bfloat16)
+            .view(torch.int32)
+            .t()
+            .contiguous()
+            .view(torch.bfloat16)
+            .unflatten(1, (-1, 2))
+        )
+
     def raw_logits(
-        self, hidden: Tensor, head: Tensor, memory: Tensor, chunk: Chunk, tile: tuple[int, int]
+        self,
+        factor: Tensor,
+        memory: Tensor,
+        chunk: Chunk,
+        tile: tuple[int, int],
+        head: Tensor | None = None,
     ) -> Tensor:
-        """``hidden @ head.T`` [n, T], in its place in flat memory; logits where rows have temperatures."""
-        raw = self.place(memory, hidden.shape[0], head.shape[0])
-        if self.device.type == "cpu":
-            multiply(head, hidden.t(), raw.t(), rows="n")
+        """``hidden @ head.T`` [n, T], in its place in flat memory; logits where rows have temperatures.
+
+        head: that of the tile, where it is at hand.
+        """
+        raw = self.place(memory, chunk.size, tile[1] - tile[0])
+        if factor.dim() == 3:
+            self.backend.pair_product(self.weight[tile[0] : tile[1]], factor, raw.t())
         else:
-            multiply(hidden, head.t(), raw, rows="m")
+            head = self.head(*tile) if head is None else head
+            if self.device.type == "cpu":
+                multiply(head, factor.t(), raw.t(), rows="n")
+            else:
+                multiply(factor, head.t(), raw, rows="m")
         return raw if chunk.temperature is None else raw.copy_(self.tempered(raw, chunk, tile))
 
     def row_grad(self, raw: Tensor, form: Form, chunk: Chunk, tile: tuple[int, int]) -> Tensor:

@@ -85,16 +85,15 @@ def statistics(problem: LinearProblem, workspace: int) -> tuple[Tensor, Tensor]:
             own = problem.chunk(start, stop)
             chunk, hidden = own.step.spread(problem, own)
             partial, best = problem.new_partial(chunk.size)
+            factor = problem.factor(hidden)
             for tile in tiles:
                 if problem.streams:
                     problem.stream_stats(hidden, partial, best, chunk, tile)
                     continue
-                raw = problem.raw_logits(hidden, problem.head(*tile), flat, chunk, tile)
+                raw = problem.raw_logits(factor, flat, chunk, tile)
                 problem.row_stats(raw, partial, best, chunk, tile)
             # The logits are gone by then, and made once more.
-            again = (
-                (problem.raw_logits(hidden, problem.head(*tile), flat, chunk, tile), tile) for tile in tiles
-            )
+            again = ((problem.raw_logits(factor, flat, chunk, tile), tile) for tile in tiles)
             of_rows = problem.summarise(partial, best, own, chunk, again)
             summary[:, own.where], argmax[own.where] = of_rows
     return summary, argmax
@@ -197,9 +196,9 @@ def _by_chunks(
         for start, stop in how.chunks:
             own = problem.chunk(start, stop)
             chunk, hidden = own.step.spread(problem, own)
+            factor = problem.factor(hidden)
             for tile in problem.tiles(chunk.size):
-                part = memory[chunk.size * tile[0] :]
-                problem.raw_logits(hidden, problem.head(*tile), part, chunk, tile)
+                problem.raw_logits(factor, memory[chunk.size * tile[0] :], chunk, tile)
             of_rows = norm[:, own.where], coef[:, own.where].contiguous()
             chunk_gradients(problem, own, chunk, hidden, memory, *of_rows, reductions, sampler)
         reductions.finish()
@@ -223,7 +222,7 @@ def _gradient(
         out = flat[: chunk.size * head.shape[0]].view(chunk.size, -1)
         problem.stream_grad(hidden, out, form.norm, form.coef, chunk, tile)
         return out
-    raw = problem.raw_logits(hidden, head, flat, chunk, tile)
+    raw = problem.raw_logits(problem.factor(hidden), flat, chunk, tile, head)
     return problem.row_grad(raw, form, chunk, tile)
 
 
