@@ -134,7 +134,7 @@ def extensions() -> dict:
                 [f"csrc/cpu/ext_{name}.cpp"],
                 depends=[
                     "csrc/row_math.h",
-                    *(f"csrc/cpu/{h}.h" for h in ("common", "rows", "columns", "pairs", "extension")),
+                    *glob.glob("csrc/cpu/*.h"),
                 ],
                 extra_compile_args=[
                     "-O3",

@@ -151,12 +151,31 @@ void row_sides_op(
       });
 }
 
-void row_grad_op(
-    const Tensor& logits, Tensor& out, const Tensor& norm, const Tensor& coef, int64_t offset,
-    const OptionalTensor& threshold, const OptionalTensor& classes, const OptionalTensor& index,
-    const OptionalTensor& dense, const OptionalTensor& topk_index, const OptionalTensor& topk_prob,
-    const OptionalTensor& bias, const OptionalTensor& active, double logit_scale,
-    std::optional<double> softcap) {
+template <class T>
+ColumnSums<T> make_column_sums(
+    int64_t rows, int64_t cols, const Tensor& along, double scale, Tensor& sums) {
+  constexpr auto type = c10::CppTypeToScalarType<T>::value;
+  TORCH_CHECK_VALUE(along.dim() == 2, "along has ", along.dim(), " dimensions, expected 2");
+  const int64_t ranks = along.size(0);
+  check(along, "along", {ranks, rows}, type);
+  const at::IntArrayRef shape = sums.sizes();
+  TORCH_CHECK_VALUE(
+      sums.dim() == 2 && shape[0] == ranks + 1 && shape[1] == cols && has_adjacent_entries(sums),
+      "sums has shape ", shape, " and strides ", sums.strides(), ", expected [", ranks + 1, ", ",
+      cols, "], adjacent along the second");
+  TORCH_CHECK_TYPE(
+      sums.scalar_type() == type, "sums is ", sums.scalar_type(), ", expected ", type);
+  return {
+      along.const_data_ptr<T>(), ranks, static_cast<T>(scale), sums.data_ptr<T>(), sums.stride(0)};
+}
+
+// As row_grad, and where sums are given, as column_sums of out.
+void gradient_of_rows(
+    const Tensor& logits, Tensor& out, const Tensor& norm, const Tensor& coef, const Tensor* along,
+    double scale, Tensor* sums, int64_t offset, const OptionalTensor& threshold,
+    const OptionalTensor& classes, const OptionalTensor& index, const OptionalTensor& dense,
+    const OptionalTensor& topk_index, const OptionalTensor& topk_prob, const OptionalTensor& bias,
+    const OptionalTensor& active, double logit_scale, std::optional<double> softcap) {
   const bool transposed = is_transposed(logits, out);
   const int64_t rows = logits.size(0), cols = logits.size(1);
   check_active(active, rows);
@@ -168,45 +187,67 @@ void row_grad_op(
         const int64_t forms = sets.any() ? 2 : 1;
         check(norm, "norm", {2 * forms, rows}, type);
         check(coef, "coef", {kCoefficients * forms, rows}, type);
-        const auto run = [&](auto kernel) {
+        ColumnSums<T> wanted{};
+        if (sums != nullptr) wanted = make_column_sums<T>(rows, cols, *along, scale, *sums);
+        const auto run = [&](auto kernel, const auto&... rest) {
           kernel(
               logits.const_data_ptr<scalar_t>(), logits.stride(transposed),
               out.data_ptr<scalar_t>(), out.stride(transposed), rows, cols, offset,
               make_transform<T>(cols, bias, logit_scale, softcap),
               make_targets<T>(rows, cols, index, dense, topk_index, topk_prob), sets,
-              pointer<bool>(active), norm.const_data_ptr<T>(), coef.const_data_ptr<T>());
+              pointer<bool>(active), norm.const_data_ptr<T>(), coef.const_data_ptr<T>(), rest...);
         };
-        if (threshold.has_value()) {
-          run(transposed ? column_grad<true, scalar_t, T> : row_grad<true, scalar_t, T>);
+        if (transposed) {
+          run(threshold.has_value() ? column_grad<true, scalar_t, T>
+                                    : column_grad<false, scalar_t, T>,
+              wanted);
+          return;
+        }
+        run(threshold.has_value() ? row_grad<true, scalar_t, T> : row_grad<false, scalar_t, T>);
+        if constexpr (std::is_same_v<scalar_t, T>) {
+          if (sums != nullptr) {
+            sum_of_rows<T>(out.const_data_ptr<T>(), out.stride(0), rows, cols, wanted);
+          }
         } else {
-          run(transposed ? column_grad<false, scalar_t, T> : row_grad<false, scalar_t, T>);
+          TORCH_CHECK_TYPE(
+              sums == nullptr, "logits are ", logits.scalar_type(), ", expected ", type);
         }
       });
 }
 
+void row_grad_op(
+    const Tensor& logits, Tensor& out, const Tensor& norm, const Tensor& coef, int64_t offset,
+    const OptionalTensor& threshold, const OptionalTensor& classes, const OptionalTensor& index,
+    const OptionalTensor& dense, const OptionalTensor& topk_index, const OptionalTensor& topk_prob,
+    const OptionalTensor& bias, const OptionalTensor& active, double logit_scale,
+    std::optional<double> softcap) {
+  gradient_of_rows(
+      logits, out, norm, coef, nullptr, 1.0, nullptr, offset, threshold, classes, index, dense,
+      topk_index, topk_prob, bias, active, logit_scale, softcap);
+}
+
+void row_grad_sums_op(
+    const Tensor& logits, Tensor& out, const Tensor& norm, const Tensor& coef, const Tensor& along,
+    double scale, Tensor& sums, int64_t offset, const OptionalTensor& threshold,
+    const OptionalTensor& classes, const OptionalTensor& index, const OptionalTensor& dense,
+    const OptionalTensor& topk_index, const OptionalTensor& topk_prob, const OptionalTensor& bias,
+    const OptionalTensor& active, double logit_scale, std::optional<double> softcap) {
+  gradient_of_rows(
+      logits, out, norm, coef, &along, scale, &sums, offset, threshold, classes, index, dense,
+      topk_index, topk_prob, bias, active, logit_scale, softcap);
+}
+
 void column_sums_op(const Tensor& grad, const Tensor& along, double scale, Tensor& sums) {
-  TORCH_CHECK_VALUE(
-      grad.dim() == 2 && along.dim() == 2, "grad and along have ", grad.dim(), " and ", along.dim(),
-      " dimensions, expected 2");
-  const int64_t rows = grad.size(0), cols = grad.size(1), ranks = along.size(0);
+  TORCH_CHECK_VALUE(grad.dim() == 2, "grad has ", grad.dim(), " dimensions, expected 2");
+  const int64_t rows = grad.size(0), cols = grad.size(1);
   const bool transposed = !has_adjacent_entries(grad);
   TORCH_CHECK_VALUE(
       !transposed || has_adjacent_rows(grad), "grad has strides ", grad.strides(), ", expected a 1");
-  check(along, "along", {ranks, rows}, grad.scalar_type());
-  const at::IntArrayRef shape = sums.sizes();
-  TORCH_CHECK_VALUE(
-      sums.dim() == 2 && shape[0] == ranks + 1 && shape[1] == cols && has_adjacent_entries(sums),
-      "sums has shape ", shape, " and strides ", sums.strides(), ", expected [", ranks + 1, ", ",
-      cols, "], adjacent along the second");
-  TORCH_CHECK_TYPE(
-      sums.scalar_type() == grad.scalar_type(), "sums is ", sums.scalar_type(), ", expected ",
-      grad.scalar_type());
   AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "tightrope::column_sums", [&] {
     const auto kernel = transposed ? sum_of_columns<scalar_t> : sum_of_rows<scalar_t>;
     kernel(
         grad.const_data_ptr<scalar_t>(), grad.stride(transposed), rows, cols,
-        along.const_data_ptr<scalar_t>(), ranks, static_cast<scalar_t>(scale),
-        sums.data_ptr<scalar_t>(), sums.stride(0));
+        make_column_sums<scalar_t>(rows, cols, along, scale, sums));
   });
 }
 
@@ -235,6 +276,7 @@ TORCH_LIBRARY_IMPL(tightrope, CPU, m) {
   m.impl("row_stats", TORCH_FN(tightrope::cpu::row_stats_op));
   m.impl("row_sides", TORCH_FN(tightrope::cpu::row_sides_op));
   m.impl("row_grad", TORCH_FN(tightrope::cpu::row_grad_op));
+  m.impl("row_grad_sums", TORCH_FN(tightrope::cpu::row_grad_sums_op));
   m.impl("column_sums", TORCH_FN(tightrope::cpu::column_sums_op));
   m.impl("pair_product", TORCH_FN(tightrope::cpu::pair_product_op));
 }

@@ -162,7 +162,6 @@ void row_grad(
   at::parallel_for(0, rows, grain_size(cols), [&](int64_t begin, int64_t end) {
     alignas(64) T z[kRowBlock];
     alignas(64) T g[kRowBlock];
-    const Vec log_zero(static_cast<T>(kLogZero));
     for (int64_t i = begin; i < end; ++i) {
       if (active != nullptr && !active[i]) {
         std::fill_n(out + i * out_stride, cols, scalar_t(0));
@@ -188,7 +187,7 @@ void row_grad(
               kThreshold ? select(whole_lanes, set_lanes, v >= least, mixed) : whole_lanes;
           const Vec log_p = log_probability(v, form.max, form.log_sum);
           const Vec p = exponential(log_p);
-          Vec grad = prob_gradient(p, at::vec::maximum(log_p, log_zero), form.c);
+          Vec grad = prob_gradient(p, at_least(log_p, static_cast<T>(kLogZero)), form.c);
           if (dense != nullptr)
             grad = grad + target_gradient(Vec::loadu(dense + j, count), p, form.c);
           // z is left out where it is not asked for, not multiplied by zero: a masked entry has
@@ -219,13 +218,11 @@ void row_grad(
   });
 }
 
-// Sums over each column of gradients [rows, cols], row stride `stride`, times a scale: their
-// products with row vectors along [ranks, rows], then their squares. sums [ranks + 1, cols], row
-// stride `sums_stride`. Every column is summed by one thread, row by row.
+// Sums over each column of gradients [rows, cols], row stride `stride`. Every column is summed by
+// one thread, row by row.
 template <class T>
 void sum_of_rows(
-    const T* grad, int64_t stride, int64_t rows, int64_t cols, const T* along, int64_t ranks,
-    T scale, T* sums, int64_t sums_stride) {
+    const T* grad, int64_t stride, int64_t rows, int64_t cols, const ColumnSums<T>& wanted) {
   using Vec = Vectorized<T>;
   constexpr int64_t kLanes = Vec::size();
   const int64_t blocks = (cols + kRowBlock - 1) / kRowBlock;
@@ -233,16 +230,17 @@ void sum_of_rows(
     for (int64_t first = begin * kRowBlock; first < std::min(cols, end * kRowBlock);
          first += kRowBlock) {
       const int64_t n = std::min(kRowBlock, cols - first);
-      for (int64_t k = 0; k <= ranks; ++k) {
-        T* const sum = sums + k * sums_stride + first;
+      for (int64_t k = 0; k <= wanted.ranks; ++k) {
+        const bool squares = k == wanted.ranks;
+        T* const sum = wanted.sums + k * wanted.stride + first;
         std::fill_n(sum, n, T(0));
         for (int64_t i = 0; i < rows; ++i) {
           const T* const row = grad + i * stride + first;
-          const Vec factor(scale), by(k < ranks ? along[k * rows + i] : T(0));
+          const Vec factor(wanted.scale), by(squares ? T(0) : wanted.along[k * rows + i]);
           for (int64_t j = 0; j < n; j += kLanes) {
             const int64_t lanes = std::min(kLanes, n - j);
             const Vec g = Vec::loadu(row + j, lanes) * factor;
-            at::vec::fmadd(g, k < ranks ? by : g, Vec::loadu(sum + j, lanes)).store(sum + j, lanes);
+            at::vec::fmadd(g, squares ? g : by, Vec::loadu(sum + j, lanes)).store(sum + j, lanes);
           }
         }
       }

@@ -88,6 +88,7 @@ class Backend:
     narrows: bool = False  # row_grad writes to an out of a narrower dtype than the logits
     max_topk: int | None = None  # entries of a top-k target that the row primitives take; None: any number
     column_sums: Callable[..., None] = torch.ops.tightrope.column_sums
+    row_grad_sums: Callable[..., None] = torch.ops.tightrope.row_grad_sums
     # (a, pairs, out), where the CPU has instructions for products of bfloat16 with a float32 result
     pair_product: Callable[..., None] | None = None
     on_request: tuple[str, ...] = ()  # devices that it serves where it is asked for by name
@@ -175,6 +176,7 @@ BACKENDS = {
             ops.row_sides,
             narrows=True,
             column_sums=ops.column_sums,
+            row_grad_sums=ops.row_grad_sums,
         ),
     )
 }

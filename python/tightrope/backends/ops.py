@@ -12,7 +12,7 @@ row_sides merges into sides [6, R] what a tile adds to the two sides of its rows
 at least threshold [R], or those among classes [R, K] int64 (ascending, repeated ones count once), and the
 rest. With a set row_grad takes norm [4, R] and coef [14, R]: those of the rest, then those of the set.
 column_sums writes sums [r + 1, T] over the columns of gradients [R, T] times a scale: their products with
-along [r, R], and their squares.
+along [r, R], and their squares. row_grad_sums is row_grad, and this of what it writes, in one pass.
 pair_product writes out [M, N] = a [M, K] times pairs [K / 2, N, 2], bfloat16 both, K even, in float32.
 row_loss_grad takes whole rows: with upstream [11, R] (`RowUpstream`) it writes partial, argmax and out in one
 go; where the backend fuses, an out of a narrower dtype may have the front of each row's memory.
@@ -201,6 +201,12 @@ def column_sums(grad, along, scale, sums) -> None:
     sums[-1] = scaled.square().sum(0)
 
 
+def row_grad_sums(logits, out, norm, coef, along, scale, sums, *arguments) -> None:
+    """Write dloss/dlogits of a tile to out, and column_sums of it to sums; see the top of this file."""
+    row_grad(logits, out, norm, coef, *arguments)
+    column_sums(out, along, scale, sums)
+
+
 def pair_product(a, pairs, out) -> None:
     """Write a product of bfloat16 matrices, in float32, to out; see the top of this file."""
     torch.mm(a.float(), pairs.transpose(1, 2).flatten(0, 1).float(), out=out)
@@ -245,6 +251,23 @@ define(
     Signature(*_OUT, "Tensor norm", "Tensor coef", "int offset", SideArguments, TileArguments),
     "()",
     row_grad,
+    _fake,
+)
+define(
+    "row_grad_sums",
+    Signature(
+        *_OUT,
+        "Tensor norm",
+        "Tensor coef",
+        "Tensor along",
+        "float scale",
+        "Tensor(b!) sums",
+        "int offset",
+        SideArguments,
+        TileArguments,
+    ),
+    "()",
+    row_grad_sums,
     _fake,
 )
 define(

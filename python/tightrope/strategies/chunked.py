@@ -22,7 +22,7 @@ from ..distributed.exchange import Reduction
 from ..statistics import RowStats, StatGrads, norm_rows, row_stats
 from . import plan
 from .gemm import headroom, multiply
-from .problem import Chunk, LinearProblem
+from .problem import Chunk, ColumnSums, LinearProblem
 from .products import Gradients, Needs, multiply_tiles
 from .sampled import Sampler, in_full
 from .workspace import borrow
@@ -224,15 +224,15 @@ def chunk_gradients(
     coef, undo = headroom(coef, problem.operand)
     form = problem.form(chunk, norm, coef, to_rows)
 
-    def gradient(tile: tuple[int, int]) -> Tensor:
-        raw = problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0])
-        return problem.row_grad(raw, form, chunk, tile)
+    def made(sums: ColumnSums | None = None) -> Iterable[Tensor]:
+        for tile in problem.tiles(chunk.size):
+            raw = problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0])
+            yield problem.row_grad(raw, form, chunk, tile, sums)
 
-    grads = map(gradient, problem.tiles(chunk.size))
     if sampler is None:
-        hidden_grad = multiply_tiles(problem, chunk, hidden, grads, undo, gradients)
+        hidden_grad = multiply_tiles(problem, chunk, hidden, made(), undo, gradients)
     else:
-        hidden_grad = sampler.multiply(chunk, hidden, memory, form, grads)
+        hidden_grad = sampler.multiply(chunk, hidden, memory, form, made)
     if to_rows is not None and undo is not None:
         to_rows *= undo
     if not own.step.alone:

@@ -85,6 +85,19 @@ class Form:
     to_temperature: Tensor | None  # [n]: the gradient of temperatures, which is added to
 
 
+@dataclass(frozen=True)
+class ColumnSums:
+    """What is wanted of the columns of a chunk's gradient, beside the gradient (`ops.column_sums`)."""
+
+    along: Tensor  # [r, n]
+    scale: float
+    sums: Tensor  # [r + 1, V]: written
+
+    def of(self, start: int, stop: int) -> tuple[Tensor, float, Tensor]:
+        """Those of a tile, as the primitives take them."""
+        return self.along, self.scale, self.sums[:, start:stop]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Scored:
     """What the two kinds of problem share: a chunk's targets and statistics, and what row kernels take."""
@@ -169,11 +182,21 @@ class _Scored:
         self.backend.row_sides(raw, sides, self.offset + tile[0], *which.flat(), *arguments)
 
     def scored_grad(
-        self, scored: Tensor, out: Tensor, form: Form, chunk: Chunk, tile: tuple[int, int]
+        self,
+        scored: Tensor,
+        out: Tensor,
+        form: Form,
+        chunk: Chunk,
+        tile: tuple[int, int],
+        sums: ColumnSums | None = None,
     ) -> None:
         """Write the gradient with respect to what the row primitives take to out, which it may be."""
-        arguments = (*form.sides.flat(), *self.tile_arguments(chunk, tile))
-        self.backend.row_grad(scored, out, form.norm, form.coef, self.offset + tile[0], *arguments)
+        rows, offset = (form.norm, form.coef), self.offset + tile[0]
+        arguments = (offset, *form.sides.flat(), *self.tile_arguments(chunk, tile))
+        if sums is None:
+            self.backend.row_grad(scored, out, *rows, *arguments)
+        else:
+            self.backend.row_grad_sums(scored, out, *rows, *sums.of(*tile), *arguments)
 
     def new_partial(self, rows: int) -> tuple[Tensor, Tensor]:
         return empty_partial(rows, self.dtype, self.device)
@@ -317,14 +340,26 @@ class LinearProblem(_Scored):
                 multiply(factor, head.t(), raw, rows="m")
         return raw if chunk.temperature is None else raw.copy_(self.tempered(raw, chunk, tile))
 
-    def row_grad(self, raw: Tensor, form: Form, chunk: Chunk, tile: tuple[int, int]) -> Tensor:
-        """Gradient with respect to the raw logits, as a GEMM's operand: in place where dtypes allow."""
+    def row_grad(
+        self,
+        raw: Tensor,
+        form: Form,
+        chunk: Chunk,
+        tile: tuple[int, int],
+        sums: ColumnSums | None = None,
+    ) -> Tensor:
+        """Gradient with respect to the raw logits, as a GEMM's operand: in place where dtypes allow.
+
+        sums: written too, where operands have the dtype of the arithmetic.
+        """
         z = None if chunk.temperature is None else raw.clone()
         narrow = self.operand != raw.dtype and self.backend.narrows and z is None
         out = torch.empty_like(raw, dtype=self.operand) if narrow else raw
-        self.scored_grad(raw, out, form, chunk, tile)
+        self.scored_grad(raw, out, form, chunk, tile, sums if z is None else None)
         if z is not None:
             out = self.cooled(z, out, chunk, form.to_temperature)
+            if sums is not None:
+                self.backend.column_sums(out, *sums.of(*tile))
         return out.to(self.operand)
 
     def fuses(self, rows: int) -> bool:

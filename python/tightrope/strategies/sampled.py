@@ -17,8 +17,8 @@ not finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from ..arguments import NoiseArguments
 from ..coefficients import RowCoefficients
 from .gemm import multiply
 from .plan import spans
-from .problem import Chunk, Form, LinearProblem
+from .problem import Chunk, ColumnSums, Form, LinearProblem
 from .products import Gradients, Needs, multiply_tiles
 from .sampling import Columns, Draw, Pilot, importance
 
@@ -79,6 +79,7 @@ class Sampler:
         self.heads = _norms(problem)
         self.entries = self.multiplied = 0.0  # of all chunks' gradients; in columns that were multiplied
         self.variance = [0.0, 0.0]  # of the gradients of input and weight
+        self.scale = 1.0  # of the last chunk (`Scaled`)
 
     @staticmethod
     def serves(problem: LinearProblem, needs: Needs) -> bool:
@@ -91,19 +92,20 @@ class Sampler:
         return cls(problem, gradients, problem.noise) if cls.serves(problem, needs) else None
 
     def multiply(
-        self, chunk: Chunk, hidden: Tensor, memory: Tensor, form: Form, grads: Iterable[Tensor]
+        self,
+        chunk: Chunk,
+        hidden: Tensor,
+        memory: Tensor,
+        form: Form,
+        made: Callable[[ColumnSums], Iterable[Tensor]],
     ) -> Tensor | None:
-        """As `multiply_tiles`. memory: where grads are made, tile by tile."""
+        """As `multiply_tiles`. made: makes the gradients in memory, tile by tile, and their sums."""
         problem, tiles = self.problem, self.problem.tiles(chunk.size)
         basis, scale = _basis(form, chunk), _scale(form, chunk)
+        self.scale = scale
         sums = form.norm.new_empty(len(basis) + 1, problem.columns)
-
-        def seen() -> Iterable[Tensor]:
-            for (start, stop), grad in zip(tiles, grads):
-                problem.backend.column_sums(grad, basis, scale, sums[:, start:stop])
-                yield grad
-
-        exact_grad = multiply_tiles(problem, chunk, hidden, seen(), None, self.exact)
+        grads = made(ColumnSums(basis, scale, sums))
+        exact_grad = multiply_tiles(problem, chunk, hidden, grads, None, self.exact)
         gradient = Scaled(problem.place(memory, chunk.size, problem.columns), scale)
         draw = None
         # What all columns have in equal measure has nothing that is light.
@@ -111,14 +113,13 @@ class Sampler:
             draw = self._draw(chunk, gradient, hidden, basis, sums)
         size = chunk.size * problem.columns
         self.entries += size
-        to_weight = self.sampled.to_weight
-        if to_weight is not None and chunk.first:
-            to_weight[: problem.columns] = 0.0
         if draw is None:
             self.multiplied += size
-            made = (gradient.gradient[:, start:stop] for start, stop in tiles)
-            full = multiply_tiles(problem, replace(chunk, first=False), hidden, made, None, self.sampled)
+            again = (gradient.gradient[:, start:stop] for start, stop in tiles)
+            full = multiply_tiles(problem, chunk, hidden, again, None, self.sampled)
             return exact_grad if full is None else full
+        if self.sampled.to_weight is not None and chunk.first:
+            self.sampled.to_weight[: problem.columns] = 0.0
         self.multiplied += chunk.size * draw.index.numel()
         self.variance[0] += draw.input_variance / scale**2
         self.variance[1] += draw.weight_variance / scale**2
@@ -220,11 +221,14 @@ class Sampler:
         self.finish()
         gradients = self.sampled.to_input, self.sampled.to_weight
         noise = [
-            math.sqrt(variance) / norm if (norm := 0.0 if g is None else g.norm().item()) else 0.0
-            for variance, g in zip(self.variance, gradients)
+            math.sqrt(variance) / norm if variance and (norm := self._norm(gradient)) else 0.0
+            for variance, gradient in zip(self.variance, gradients)
         ]
         share = self.multiplied / self.entries if self.entries else 1.0
         return torch.tensor([share, *noise], dtype=self.problem.dtype)
+
+    def _norm(self, gradient: Tensor) -> float:
+        return math.sqrt(_squares(self.problem, gradient, self.scale).double().sum().item()) / self.scale
 
     def _head_rows(self, index: Tensor) -> Tensor:
         """Some rows of the head, as a GEMM's operand."""
@@ -253,8 +257,16 @@ def in_full(problem: LinearProblem) -> Tensor:
 def _norms(problem: LinearProblem) -> Tensor:
     """The norms of the rows of the head [V]."""
     tiles = problem.tiles(1)
-    parts = [torch.linalg.vector_norm(problem.head(*tile), dim=1) for tile in tiles]
-    return torch.cat(parts) if parts else problem.weight.new_empty(0, dtype=problem.dtype)
+    parts = [_squares(problem, problem.head(*tile)) for tile in tiles]
+    return torch.cat(parts).sqrt_() if parts else problem.weight.new_empty(0, dtype=problem.dtype)
+
+
+def _squares(problem: LinearProblem, rows: Tensor, scale: float = 1.0) -> Tensor:
+    """The squared norms of rows [m, D] times a scale, [m]."""
+    rows = rows.contiguous()
+    sums = rows.new_empty(1, len(rows))
+    problem.backend.column_sums(rows.t(), rows.new_empty(0, rows.shape[1]), scale, sums)
+    return sums[0]
 
 
 def _counted(rows: Tensor, active: Tensor | None) -> Tensor:
