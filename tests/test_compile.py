@@ -217,7 +217,15 @@ def registered():
 # Called by the other operators, where no mode sees them; they write into arguments, see below.
 PRIMITIVES = {
     f"tightrope::{name}"
-    for name in ("row_stats", "row_sides", "row_grad", "row_loss_grad", "column_sums", "pair_product")
+    for name in (
+        "row_stats",
+        "row_sides",
+        "row_grad",
+        "row_grad_sums",
+        "row_loss_grad",
+        "column_sums",
+        "pair_product",
+    )
 }
 
 
@@ -267,11 +275,13 @@ def test_primitives(name, kind):
         args = (logits, torch.empty_like(logits).fill_(float("nan")), *partial, randn(11, rows), *tail[1:])
     else:
         norm = torch.stack([logits.amax(-1), torch.ones(rows)])
+        sums = (randn(2, rows), 4.0, torch.full((3, logits.shape[1]), torch.nan))
         args = (
             logits,
             torch.empty_like(logits).fill_(float("nan")),
             norm,
             randn(7, rows),
+            *(sums if name.endswith("row_grad_sums") else ()),
             0,
             None,
             None,

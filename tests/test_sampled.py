@@ -506,6 +506,34 @@ def test_column_sums(layout, dtype, backend):
         assert whole[:, :3].isnan().all() and whole[:, 3 + width :].isnan().all()
 
 
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_row_grad_sums(layout, dtype, backend):
+    """Sums of a gradient without its targets, before it is masked, or of lanes past the last row."""
+    primitives = tightrope.backends.resolve(backend, torch.device("cpu"))
+    for rows, width in ((1, 1), (5, 17), (33, 70), (48, 129)):
+        logits = randn(rows, width, dtype=dtype)
+        if layout == "columns":
+            logits = logits.t().contiguous().t()
+        norm = torch.stack([logits.amax(-1), torch.ones(rows, dtype=dtype)])
+        coef = randn(7, rows, seed=2, dtype=dtype)
+        index = class_indices((rows,), width)
+        index[0] = width - 1
+        rest = (0, None, None, index, None, None, None, None, torch.arange(rows) % 3 < 2, 0.7, 5.0)
+        exact, out = torch.empty_like(logits), torch.full_like(logits, math.nan)
+        primitives.row_grad(logits, exact, norm, coef, *rest)
+        along = randn(2, rows, seed=1, dtype=dtype)
+        sums = torch.full((3, width + 2), math.nan, dtype=dtype)
+        primitives.row_grad_sums(logits, out, norm, coef, along, 0.25, sums[:, 1:-1], *rest)
+        assert torch.equal(out, exact)
+        scaled = exact.double() * 0.25
+        expected = torch.cat([along.double() @ scaled, scaled.square().sum(0, keepdim=True)])
+        tolerance = 1e-12 if dtype == F64 else 1e-5
+        assert (sums[:, 1:-1] - expected).abs().max() <= tolerance * (1 + expected.abs().max())
+        assert sums[:, 0].isnan().all() and sums[:, -1].isnan().all()
+
+
 ERRORS = [
     (-0.1, ValueError, "-0.1"),
     (1.0, ValueError, "below 1"),
