@@ -78,7 +78,7 @@ def main() -> None:
     hidden, target = data["hidden"][: args.rows].float(), data["target"][: args.rows]
     weight = data["weight"].float()
     print(
-        "| loss | noise | columns | dh predicted | measured | mean of draws | dW predicted | measured | mean |"
+        "| loss | noise | columns | dh predicted | measured | of mean | dW predicted | measured | of mean |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, options in LOSSES.items():
