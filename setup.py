@@ -20,7 +20,6 @@ from setuptools import setup
 
 TORCH = "torch>=2.11"
 
-CPU_HEADERS = ("common", "rows", "columns", "tangent", "tangent_rows", "tangent_columns", "extension")
 # at::vec compiles to scalar code, and says nothing, unless both CPU_CAPABILITY macros are set.
 INSTRUCTION_SETS = {
     "base": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
@@ -135,7 +134,7 @@ def extensions() -> dict:
                 [f"csrc/cpu/ext_{name}.cpp"],
                 depends=[
                     "csrc/row_math.h",
-                    *(f"csrc/cpu/{h}.h" for h in CPU_HEADERS),
+                    *glob.glob("csrc/cpu/*.h"),
                 ],
                 extra_compile_args=[
                     "-O3",

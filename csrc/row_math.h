@@ -98,17 +98,17 @@ TIGHTROPE_HD double maximum(double a, double b) {
   return (a > b || a != a) ? a : b;
 }
 
-// Adds one entry to sums relative to a maximum: d = z - origin(max), e = exp(d). T may be a vector.
-// The caller adds d to shift_sum: past the end of a row a vector lane has e = 0, but no d that is
-// 0; and where `is_far` the sum of d is not that of scaled shifts. log_zero and sum_scale are
-// kLogZero and kSumScale.
+// Adds one entry to sums relative to a maximum: d = z - origin(max), e = exp(d), and `bounded` is d
+// or kLogZero, the larger one. T may be a vector. The caller adds d to shift_sum: past the end of a
+// row a vector lane has e = 0, but no d that is 0; and where `is_far` the sum of d is not that of
+// scaled shifts. sum_scale is kSumScale.
 template <class T>
 TIGHTROPE_HD void add_entry(
-    Partial<T>& sums, const T& z, const T& d, const T& e, const T& log_zero, const T& sum_scale) {
+    Partial<T>& sums, const T& z, const T& bounded, const T& e, const T& sum_scale) {
   sums.logit_sum = fmadd(z, sum_scale, sums.logit_sum);
   sums.square_sum = fmadd(z, z, sums.square_sum);
   sums.sum_exp = sums.sum_exp + e;
-  sums.sum_exp_shift = fmadd(e, maximum(d, log_zero), sums.sum_exp_shift);
+  sums.sum_exp_shift = fmadd(e, bounded, sums.sum_exp_shift);
   sums.sum_exp_square = fmadd(e, e, sums.sum_exp_square);
 }
 
@@ -119,6 +119,12 @@ TIGHTROPE_HD void add_target(Partial<T>& sums, const T& b, const T& scaled, cons
   sums.target_shift = fmadd(b, scaled, sums.target_shift);
   sums.target_exp = fmadd(b, e, sums.target_exp);
   sums.target_mass = sums.target_mass + b;
+}
+
+// e^shift, which most often is 1: of two parts that are merged one has the larger maximum.
+template <class T>
+TIGHTROPE_HD T rescale(T shift) {
+  return shift == T(0) ? T(1) : T(std::exp(shift));
 }
 
 // What the exponents of sums change by where another, larger maximum takes the place of theirs.
@@ -135,7 +141,7 @@ TIGHTROPE_HD Partial<T> rebase(const Partial<T>& part, T max) {
   out.max = max;
   const T shift = clamped_shift(part.max, max);
   const T scaled = scaled_shift(origin(part.max), origin(max));
-  const T scale = part.sum_exp == T(0) ? T(0) : T(std::exp(shift));
+  const T scale = part.sum_exp == T(0) ? T(0) : rescale(shift);
   out.sum_exp = scale * part.sum_exp;
   out.sum_exp_shift = scale * (part.sum_exp_shift + shift * part.sum_exp);
   out.sum_exp_square = scale * scale * part.sum_exp_square;
@@ -178,7 +184,7 @@ constexpr int kSideFields = 6;
 template <class T>
 TIGHTROPE_HD Side<T> rebase(const Side<T>& side, T max) {
   const T shift = clamped_shift(side.max, max);
-  const T scale = side.sum_exp == T(0) ? T(0) : T(std::exp(shift));
+  const T scale = side.sum_exp == T(0) ? T(0) : rescale(shift);
   return {max, scale * side.sum_exp, scale * (side.sum_exp_shift + shift * side.sum_exp)};
 }
 

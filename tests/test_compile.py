@@ -243,7 +243,18 @@ def registered():
 
 # Called by the other operators, where no mode sees them; they write into arguments, see below.
 PRIMITIVES = {
-    f"tightrope::row_{name}" for name in ("stats", "sides", "grad", "loss_grad", "tangent", "grad_tangent")
+    f"tightrope::{name}"
+    for name in (
+        "row_stats",
+        "row_sides",
+        "row_grad",
+        "row_grad_sums",
+        "row_loss_grad",
+        "row_tangent",
+        "row_grad_tangent",
+        "column_sums",
+        "pair_product",
+    )
 }
 
 
@@ -280,6 +291,11 @@ def test_primitives(name, kind):
     partial = empty_partial(rows, torch.float32, torch.device("cpu"))
     if name.endswith("row_stats"):
         args = (logits, *partial, *tail)
+    elif name.endswith("pair_product"):
+        a, pairs = randn(8, 6, dtype=torch.bfloat16), randn(3, rows, 2, dtype=torch.bfloat16)
+        args = (a, pairs, torch.full((8, rows), torch.nan))
+    elif name.endswith("column_sums"):
+        args = (logits, randn(2, rows), 4.0, torch.full((3, logits.shape[1]), torch.nan))
     elif name.endswith("row_sides"):
         threshold = torch.zeros(rows)
         args = (logits, empty_sides(rows, torch.float32, torch.device("cpu")), 0, threshold, None, *tail[1:])
@@ -294,11 +310,13 @@ def test_primitives(name, kind):
             args = (*args[:2], *outs, norm, randn(1, rows), randn(7, rows), randn(7, rows, seed=5), *place)
     else:
         norm = torch.stack([logits.amax(-1), torch.ones(rows)])
+        sums = (randn(2, rows), 4.0, torch.full((3, logits.shape[1]), torch.nan))
         args = (
             logits,
             torch.empty_like(logits).fill_(float("nan")),
             norm,
             randn(7, rows),
+            *(sums if name.endswith("row_grad_sums") else ()),
             0,
             None,
             None,

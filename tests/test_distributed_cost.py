@@ -49,6 +49,7 @@ class Call:
     weight_dtype: torch.dtype = torch.float32
     given: bool = True
     workspace_mb: float | None = None
+    gradient_noise: float | tuple[float, float] = 0.0
 
     def here(self, rank: int) -> int:
         return self.tokens[rank] if self.mode == "sharded" else self.tokens[0]
@@ -82,6 +83,7 @@ class Call:
             "widest": max(self.sizes),
             "given": self.given,
             "workspace_mb": self.workspace_mb,
+            "gradient_noise": self.gradient_noise,
         }
 
 
@@ -112,6 +114,7 @@ def make(call: Call, rank: int):
     options |= {"support": support, "temperature": leaves.get("temperature", 1.0)}
     if call.function != "logits":
         options |= {"workspace_mb": call.workspace_mb, "skip_ignored": call.ignored != "masked"}
+        options |= {"gradient_noise": call.gradient_noise}
     head = leaves["input"], leaves["weight"], target
 
     def run() -> torch.Tensor:
@@ -236,6 +239,9 @@ def test_targets_dtypes_and_gradients(ranks, size, mode):
         {"function": "none"},
         {"function": "loss", "strategy": None},
         {"function": "loss", "strategy": None, "workspace_mb": SEVERAL},
+        {"gradient_noise": 0.1, "workspace_mb": SEVERAL},
+        {"gradient_noise": (0.0, 0.1), "gradients": ("input",), "workspace_mb": SEVERAL},
+        {"gradient_noise": 0.1, "function": "stats", "workspace_mb": SEVERAL, "temperature": True},
     ]
     if mode == "replicated":
         changes += [

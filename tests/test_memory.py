@@ -144,6 +144,16 @@ def test_a_hessian_vector_product(strategy):
     assert growth < 80 < logits_mib(2048) / 4, f"grew by {growth:.0f} MiB"
 
 
+def test_sampled_gradients():
+    """Columns that are gathered whole, or parts of low rank that all chunks wait with."""
+    body = """loss, stats = tightrope.linear_reality_creativity_loss(
+        hidden, weight, target, bias, workspace_mb=16, gradient_noise=0.05, return_stats=True)
+    loss.backward()
+    assert rows < 1000 or stats.sampled_share < 0.5"""
+    growth = growth_in_child(LINEAR.format(rows=4096, body=body))
+    assert growth < 80 < logits_mib(4096) / 3, f"grew by {growth:.0f} MiB"
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_logits_function(training):
     """The gradient of the logits is all that is made, and evaluation makes nothing of that size."""

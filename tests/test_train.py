@@ -139,6 +139,28 @@ def test_reports_and_evaluation(capsys, tiny, text, tmp_path):
     assert_one_line(result, "--report-to", "carrier pigeons", "tensorboard")
 
 
+def test_gradient_noise_reaches_the_loss(capsys, monkeypatch, tiny, text, tmp_path):
+    """An option that nothing comes of; a number that is taken for another; a card that keeps it quiet."""
+    from tightrope.cli import job
+
+    given, fuse = [], job.fuse
+
+    def and_look(*args, **options):
+        given.append(options["gradient_noise"])
+        return fuse(*args, **options)
+
+    monkeypatch.setattr(job, "fuse", and_look)
+    for i, values in enumerate(((), ("0.05",), ("0.05", "0"))):
+        noise = ("--gradient-noise", *values) if values else ()
+        assert run(capsys, *command(tiny, text, tmp_path / str(i), *noise, steps=1))[0] == 0
+        card = (tmp_path / str(i) / "model" / "README.md").read_text()
+        assert ("--gradient-noise 0.05" in card) == bool(values)
+    assert given == [(0.0, 0.0), 0.05, (0.05, 0.0)]
+    for values, words in ((("1",), ("'1'", "below 1")), (("0.1", "0.1", "0.1"), ("3 numbers",))):
+        result = run(capsys, *command(tiny, text, tmp_path / "no", "--gradient-noise", *values))
+        assert_one_line(result, "--gradient-noise", *words)
+
+
 def test_resumed_after_a_kill_it_ends_as_if_it_had_not_been(tiny, text, tmp_path):
     """A resumed run that takes other batches, forgets its optimizer or its balances, or starts anew."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"

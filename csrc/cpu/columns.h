@@ -2,9 +2,10 @@
 // rows.
 //
 // The GEMM that makes logits runs faster on a CPU when it writes them transposed, entry by entry of
-// the vocabulary, and then rows lie across. So each lane carries a row of its own, nothing is
-// reduced across lanes, and a group of rows goes down the vocabulary in blocks that fit the
-// first-level cache. A row's arithmetic does not depend on the rows beside it.
+// the vocabulary, and then rows lie across. So each lane carries a row of its own and nothing of a
+// row is reduced across lanes. For statistics a group of rows goes down the vocabulary in blocks
+// that fit the first-level cache; gradients have no sums of rows, and go by column after column. A
+// row's arithmetic does not depend on the rows beside it.
 #pragma once
 
 #include "common.h"
@@ -70,13 +71,11 @@ Vectorized<T> load_column_block(
   const bool identity = transform.is_identity();
   Vec maximum(-std::numeric_limits<T>::infinity());
   for (int64_t j = 0; j < n; ++j) {
-    T* const lane = z + j * kLanes;
-    at::vec::convert(raw + (first + j) * stride + group.begin, lane, group.lanes);
-    Vec v = Vec::loadu(lane, group.lanes);
+    Vec v = load_lanes<T>(raw + (first + j) * stride + group.begin, group.lanes);
     if (!identity) {
       v = transform.apply(v, Vec(transform.bias == nullptr ? T(0) : transform.bias[first + j]));
     }
-    v.store(lane);
+    v.store(z + j * kLanes);
     maximum = at::vec::maximum(maximum, v);
   }
   return maximum;
@@ -173,70 +172,137 @@ void column_sides(
   });
 }
 
-// As row_grad of rows.h, for logits and out whose rows are adjacent.
+// The entries of a tile of a kind that few are, by column: listed classes and sparse targets.
+template <class T>
+class Singles {
+ public:
+  struct Entry {
+    int64_t row;
+    bool listed;  // else a target
+    T mass;
+  };
+
+  Singles(
+      int64_t rows, int64_t cols, int64_t offset, const Targets<T>& targets, const Sets<T>& sets)
+      : begin_(cols + 2) {
+    // f(column, entry), row after row, and of a row the listed ones first.
+    const auto for_each = [&](auto f) {
+      for (int64_t i = 0; i < rows; ++i) {
+        sets.for_listed(i, offset, cols, [&](int64_t j) { f(j, Entry{i, true, T(0)}); });
+        targets.for_sparse(i, offset, cols, [&](int64_t j, T b) { f(j, Entry{i, false, b}); });
+      }
+    };
+    for_each([&](int64_t column, const Entry&) { ++begin_[column + 2]; });
+    for (int64_t j = 2; j < cols + 2; ++j) begin_[j] += begin_[j - 1];
+    entries_.resize(begin_[cols + 1]);
+    for_each([&](int64_t column, Entry entry) { entries_[begin_[column + 1]++] = entry; });
+  }
+
+  template <class F>
+  void for_column(int64_t column, F f) const {
+    for (int64_t k = begin_[column]; k < begin_[column + 1]; ++k) f(entries_[k]);
+  }
+
+ private:
+  std::vector<int64_t> begin_;  // where the entries of a column begin
+  std::vector<Entry> entries_;
+};
+
+// As row_grad of rows.h, for logits and out whose rows are adjacent: entry after entry of the
+// vocabulary, so memory is met in order, and what is wanted of a column is summed while it is in
+// the first-level cache.
 template <bool kThreshold, class scalar_t, class T>
 void column_grad(
     const scalar_t* logits, int64_t stride, scalar_t* out, int64_t out_stride, int64_t rows,
     int64_t cols, int64_t offset, const Transform<T>& transform, const Targets<T>& targets,
-    const Sets<T>& sets, const bool* active, const T* norm, const T* coef) {
+    const Sets<T>& sets, const bool* active, const T* norm, const T* coef,
+    const ColumnSums<T>& wanted) {
   using Vec = Vectorized<T>;
   constexpr int64_t kLanes = Vec::size();
-  const Vec zero(T(0)), log_zero(static_cast<T>(kLogZero));
-  for_blocks<scalar_t, T>(rows, cols, [&](const Group<T>& group, int64_t first, int64_t n) {
-    alignas(64) T z[kColumnBlock * kLanes];
-    alignas(64) T g[kColumnBlock * kLanes];
-    const auto lanes = [&](const T* from, int k) { return group.load(from + k * rows); };
-    const auto whole = Form<Vec>::load(norm, coef, 0, lanes);
-    const auto set = kThreshold ? Form<Vec>::load(norm, coef, 1, lanes) : whole;
-    const Vec least = kThreshold ? group.load(sets.threshold) : zero;
-    // z is left out where it is not asked for, not multiplied by zero: a masked entry has -inf.
-    const Vec no_logit_term = whole.c.logit == zero;
-    const T* const logit_terms = coef + 5 * rows + group.begin;
-    const bool any_logit_term =
-        std::any_of(logit_terms, logit_terms + group.lanes, [](T rho) { return rho != T(0); });
-    alignas(64) T switched_off[kLanes] = {};
-    for (int64_t l = 0; l < group.lanes; ++l) {
-      switched_off[l] = active != nullptr && !active[group.begin + l] ? T(1) : T(0);
-    }
-    const Vec inactive = Vec::loadu(switched_off) != zero;
-    load_column_block(logits, stride, group, first, n, transform, z);
-    for (int64_t j = 0; j < n; ++j) {
-      const Vec v = Vec::loadu(z + j * kLanes);
-      Form<Vec> mixed;
-      const auto& form = kThreshold ? select(whole, set, v >= least, mixed) : whole;
-      const Coefficients<Vec>& c = form.c;
-      const Vec log_p = log_probability(v, form.max, form.log_sum);
-      const Vec p = exponential(log_p);
-      Vec grad = prob_gradient(p, at::vec::maximum(log_p, log_zero), c);
-      if (targets.dense != nullptr) {
-        grad = grad + target_gradient(group.dense(targets, first + j), p, c);
+  const int64_t groups = Group<T>::count(rows);
+  const Singles<T> singles(rows, cols, offset, targets, sets);
+  const bool identity = transform.is_identity();
+  const T* const logit_terms = coef + 5 * rows;
+  const bool any_logit_term =
+      std::any_of(logit_terms, logit_terms + rows, [](T rho) { return rho != T(0); });
+  const Vec zero(T(0));
+  // What a group of rows has in every column.
+  struct Rows {
+    Form<Vec> whole, set;
+    Vec least, inactive, no_logit_term;
+  };
+  at::parallel_for(0, cols, grain_size(rows), [&](int64_t begin, int64_t end) {
+    std::vector<Rows> of_group(groups);
+    for (int64_t i = 0; i < groups; ++i) {
+      const Group<T> group(i, rows);
+      const auto lanes = [&](const T* from, int k) { return group.load(from + k * rows); };
+      Rows& of = of_group[i];
+      of.whole = Form<Vec>::load(norm, coef, 0, lanes);
+      if (kThreshold) of.set = Form<Vec>::load(norm, coef, 1, lanes);
+      if (kThreshold) of.least = group.load(sets.threshold);
+      // z is left out where it is not asked for, not multiplied by zero: a masked entry has -inf.
+      of.no_logit_term = of.whole.c.logit == zero;
+      alignas(64) T switched_off[kLanes] = {};
+      for (int64_t l = 0; l < group.lanes; ++l) {
+        switched_off[l] = active != nullptr && !active[group.begin + l] ? T(1) : T(0);
       }
-      grad = grad + (any_logit_term ? Vec::blendv(logit_gradient(v, c), c.constant, no_logit_term)
-                                    : c.constant);
-      grad.store(g + j * kLanes);
+      of.inactive = Vec::loadu(switched_off) != zero;
     }
-    for (int64_t l = 0; l < group.lanes; ++l) {
-      const int64_t i = group.begin + l;
-      const auto value = [&](const T* from, int k) { return from[k * rows + i]; };
-      sets.for_listed(i, offset + first, n, [&](int64_t column) {
-        const auto own = Form<T>::load(norm, coef, 1, value);
-        const T* const mass = targets.dense_from(i, first + column);
-        g[column * kLanes + l] = entry_gradient(z[column * kLanes + l], own, mass);
-      });
-      targets.for_sparse(i, offset + first, n, [&](int64_t column, T mass) {
-        const T logit = z[column * kLanes + l];
-        const bool inside = sets.contains(i, offset + first + column, logit);
+    std::vector<T> buffer(2 * groups * kLanes);
+    T *const z = buffer.data(), *const g = z + groups * kLanes;
+    for (int64_t j = begin; j < end; ++j) {
+      const Vec bias(transform.bias == nullptr ? T(0) : transform.bias[j]);
+      for (int64_t i = 0; i < groups; ++i) {
+        const Group<T> group(i, rows);
+        const Rows& of = of_group[i];
+        Vec v = load_lanes<T>(logits + j * stride + group.begin, group.lanes);
+        if (!identity) v = transform.apply(v, bias);
+        v.store(z + group.begin);
+        Form<Vec> mixed;
+        const auto& form = kThreshold ? select(of.whole, of.set, v >= of.least, mixed) : of.whole;
+        const Coefficients<Vec>& c = form.c;
+        const Vec log_p = log_probability(v, form.max, form.log_sum);
+        const Vec p = exponential(log_p);
+        Vec grad = prob_gradient(p, at_least(log_p, static_cast<T>(kLogZero)), c);
+        if (targets.dense != nullptr) {
+          grad = grad + target_gradient(group.dense(targets, j), p, c);
+        }
+        grad =
+            grad + (any_logit_term ? Vec::blendv(logit_gradient(v, c), c.constant, of.no_logit_term)
+                                   : c.constant);
+        grad.store(g + group.begin);
+      }
+      singles.for_column(j, [&](const typename Singles<T>::Entry& entry) {
+        const int64_t i = entry.row;
+        const auto value = [&](const T* from, int k) { return from[k * rows + i]; };
+        const bool inside = entry.listed || sets.contains(i, offset + j, z[i]);
         const auto own = Form<T>::load(norm, coef, inside, value);
-        const T p = std::exp(log_probability(logit, own.max, own.log_sum));
-        g[column * kLanes + l] += target_gradient(mass, p, own.c);
+        if (entry.listed) {
+          g[i] = entry_gradient(z[i], own, targets.dense_from(i, j));
+        } else {
+          const T p = std::exp(log_probability(z[i], own.max, own.log_sum));
+          g[i] += target_gradient(entry.mass, p, own.c);
+        }
       });
+      for (int64_t i = 0; i < groups; ++i) {
+        const Group<T> group(i, rows);
+        Vec grad = Vec::loadu(g + group.begin);
+        if (!identity) grad = transform.pull_back(grad, Vec::loadu(z + group.begin));
+        if (active != nullptr) grad = Vec::blendv(grad, zero, of_group[i].inactive);
+        if (wanted.sums != nullptr) grad.store(g + group.begin);
+        store_lanes(grad, out + j * out_stride + group.begin, group.lanes);
+      }
+      if (wanted.sums != nullptr) wanted.of_column(j, g, rows);
     }
-    for (int64_t j = 0; j < n; ++j) {
-      T* const lane = g + j * kLanes;
-      const Vec grad = transform.pull_back(Vec::loadu(lane), Vec::loadu(z + j * kLanes));
-      Vec::blendv(grad, zero, inactive).store(lane);
-      at::vec::convert(lane, out + (first + j) * out_stride + group.begin, group.lanes);
-    }
+  });
+}
+
+// As sum_of_rows of rows.h, for gradients whose rows are adjacent.
+template <class T>
+void sum_of_columns(
+    const T* grad, int64_t stride, int64_t rows, int64_t cols, const ColumnSums<T>& wanted) {
+  at::parallel_for(0, cols, grain_size(rows), [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) wanted.of_column(j, grad + j * stride, rows);
   });
 }
 

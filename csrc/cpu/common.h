@@ -11,6 +11,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
+#include <vector>
 
 #include "../row_math.h"
 #include "exponential.h"
@@ -120,6 +122,34 @@ struct Sets {
   }
 };
 
+// Up to `Vec::size()` values, converted; lanes past them get 0.
+template <class T, class scalar_t>
+Vectorized<T> load_lanes(const scalar_t* from, int64_t lanes) {
+  if constexpr (std::is_same_v<scalar_t, T>) {
+    return Vectorized<T>::loadu(from, lanes);
+  } else {
+    alignas(64) T converted[Vectorized<T>::size()];
+    at::vec::convert(from, converted, lanes);
+    return Vectorized<T>::loadu(converted, lanes);
+  }
+}
+
+template <class T, class scalar_t>
+void store_lanes(const Vectorized<T>& value, scalar_t* to, int64_t lanes) {
+  if constexpr (std::is_same_v<scalar_t, T>) {
+    value.store(to, lanes);
+  } else {
+    alignas(64) T lane[Vectorized<T>::size()];
+    value.store(lane);
+    at::vec::convert(lane, to, lanes);
+  }
+}
+
+template <class T>
+T horizontal_sum(const Vectorized<T>& v) {
+  return at::vec::vec_reduce_all([](Vectorized<T> a, Vectorized<T> b) { return a + b; }, v);
+}
+
 // Whether no lane of a comparison holds.
 template <class T>
 bool is_none(const Vectorized<T>& holds) {
@@ -160,14 +190,15 @@ struct SidesSums {
 
   // The second one, once the origins are set.
   void add(Vec z, Vec least) {
-    const Vec inside = z >= least, zero(T(0)), log_zero(static_cast<T>(kLogZero));
+    const Vec inside = z >= least, zero(T(0));
+    const T log_zero = static_cast<T>(kLogZero);
     if (is_none(inside)) {
       const Vec d = z - rest_origin;
-      rest.add(exponential(d), at::vec::maximum(d, log_zero));
+      rest.add(exponential(d), at_least(d, log_zero));
       return;
     }
     const Vec d = z - Vec::blendv(rest_origin, set_origin, inside);
-    const Vec e = exponential(d), bounded = at::vec::maximum(d, log_zero);
+    const Vec e = exponential(d), bounded = at_least(d, log_zero);
     set.add(Vec::blendv(zero, e, inside), bounded);
     rest.add(Vec::blendv(e, zero, inside), bounded);
   }
@@ -236,7 +267,7 @@ struct Sums : Partial<Vectorized<T>> {
   // as, and d its shift as an exponent; they differ only in lanes past the end of a row. Gives e^d.
   Vec add(Vec z, Vec counted, Vec d) {
     const Vec e = exponential(d), sum_scale(static_cast<T>(kSumScale));
-    add_entry<Vec>(*this, z, d, e, Vec(static_cast<T>(kLogZero)), sum_scale);
+    add_entry<Vec>(*this, z, at_least(d, static_cast<T>(kLogZero)), e, sum_scale);
     this->shift_sum = at::vec::fmadd(counted, sum_scale, this->shift_sum);
     return e;
   }
@@ -295,6 +326,44 @@ int64_t first_maximum(const T* z, int64_t n, int64_t step, T max) {
   }
   return 0;
 }
+
+// What is wanted of the columns of a gradient times a scale: their products with row vectors along
+// [ranks, rows], then their squares, into sums [ranks + 1, cols], row stride `stride`.
+template <class T>
+struct ColumnSums {
+  const T* along;
+  int64_t ranks;
+  T scale;
+  T* sums;  // null: nothing
+  int64_t stride;
+
+  // Sums of column j of the tile, which is at hand: it goes through registers once for each sum.
+  void of_column(int64_t j, const T* column, int64_t rows) const {
+    using Vec = Vectorized<T>;
+    constexpr int64_t kLanes = Vec::size();
+    const int64_t whole = rows / kLanes * kLanes;
+    const Vec factor(scale);
+    // The sum of column times by(value, i, lanes), which is of the same kind.
+    const auto product = [&](auto by) {
+      Vec sum(T(0));
+      for (int64_t i = 0; i < whole; i += kLanes) {
+        const Vec g = Vec::loadu(column + i) * factor;
+        sum = at::vec::fmadd(g, by(g, i, kLanes), sum);
+      }
+      if (whole < rows) {  // lanes past the end read 0
+        const Vec g = Vec::loadu(column + whole, rows - whole) * factor;
+        sum = at::vec::fmadd(g, by(g, whole, rows - whole), sum);
+      }
+      return horizontal_sum(sum);
+    };
+    for (int64_t k = 0; k < ranks; ++k) {
+      const T* const vector = along + k * rows;
+      sums[k * stride + j] = product(
+          [&](const Vec&, int64_t i, int64_t lanes) { return Vec::loadu(vector + i, lanes); });
+    }
+    sums[ranks * stride + j] = product([](const Vec& g, int64_t, int64_t) { return g; });
+  }
+};
 
 // Rows (or groups of rows) that make a task worth a thread.
 inline int64_t grain_size(int64_t entries_each) {

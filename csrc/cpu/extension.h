@@ -15,6 +15,7 @@
 #include <optional>
 
 #include "columns.h"
+#include "pairs.h"
 #include "rows.h"
 #include "tangent_columns.h"
 #include "tangent_rows.h"
@@ -152,12 +153,30 @@ void row_sides_op(
       });
 }
 
-void row_grad_op(
-    const Tensor& logits, Tensor& out, const Tensor& norm, const Tensor& coef, int64_t offset,
-    const OptionalTensor& threshold, const OptionalTensor& classes, const OptionalTensor& index,
-    const OptionalTensor& dense, const OptionalTensor& topk_index, const OptionalTensor& topk_prob,
-    const OptionalTensor& bias, const OptionalTensor& active, double logit_scale,
-    std::optional<double> softcap) {
+template <class T>
+ColumnSums<T> make_column_sums(
+    int64_t rows, int64_t cols, const Tensor& along, double scale, Tensor& sums) {
+  constexpr auto type = c10::CppTypeToScalarType<T>::value;
+  TORCH_CHECK_VALUE(along.dim() == 2, "along has ", along.dim(), " dimensions, expected 2");
+  const int64_t ranks = along.size(0);
+  check(along, "along", {ranks, rows}, type);
+  const at::IntArrayRef shape = sums.sizes();
+  TORCH_CHECK_VALUE(
+      sums.dim() == 2 && shape[0] == ranks + 1 && shape[1] == cols && has_adjacent_entries(sums),
+      "sums has shape ", shape, " and strides ", sums.strides(), ", expected [", ranks + 1, ", ",
+      cols, "], adjacent along the second");
+  TORCH_CHECK_TYPE(sums.scalar_type() == type, "sums is ", sums.scalar_type(), ", expected ", type);
+  return {
+      along.const_data_ptr<T>(), ranks, static_cast<T>(scale), sums.data_ptr<T>(), sums.stride(0)};
+}
+
+// As row_grad, and where sums are given, as column_sums of out.
+void gradient_of_rows(
+    const Tensor& logits, Tensor& out, const Tensor& norm, const Tensor& coef, const Tensor* along,
+    double scale, Tensor* sums, int64_t offset, const OptionalTensor& threshold,
+    const OptionalTensor& classes, const OptionalTensor& index, const OptionalTensor& dense,
+    const OptionalTensor& topk_index, const OptionalTensor& topk_prob, const OptionalTensor& bias,
+    const OptionalTensor& active, double logit_scale, std::optional<double> softcap) {
   const bool transposed = is_transposed(logits, out);
   const int64_t rows = logits.size(0), cols = logits.size(1);
   check_active(active, rows);
@@ -169,20 +188,84 @@ void row_grad_op(
         const int64_t forms = sets.any() ? 2 : 1;
         check(norm, "norm", {2 * forms, rows}, type);
         check(coef, "coef", {kCoefficients * forms, rows}, type);
-        const auto run = [&](auto kernel) {
+        ColumnSums<T> wanted{};
+        if (sums != nullptr) wanted = make_column_sums<T>(rows, cols, *along, scale, *sums);
+        const auto run = [&](auto kernel, const auto&... rest) {
           kernel(
               logits.const_data_ptr<scalar_t>(), logits.stride(transposed),
               out.data_ptr<scalar_t>(), out.stride(transposed), rows, cols, offset,
               make_transform<T>(cols, bias, logit_scale, softcap),
               make_targets<T>(rows, cols, index, dense, topk_index, topk_prob), sets,
-              pointer<bool>(active), norm.const_data_ptr<T>(), coef.const_data_ptr<T>());
+              pointer<bool>(active), norm.const_data_ptr<T>(), coef.const_data_ptr<T>(), rest...);
         };
-        if (threshold.has_value()) {
-          run(transposed ? column_grad<true, scalar_t, T> : row_grad<true, scalar_t, T>);
+        if (transposed) {
+          run(threshold.has_value() ? column_grad<true, scalar_t, T>
+                                    : column_grad<false, scalar_t, T>,
+              wanted);
+          return;
+        }
+        run(threshold.has_value() ? row_grad<true, scalar_t, T> : row_grad<false, scalar_t, T>);
+        if constexpr (std::is_same_v<scalar_t, T>) {
+          if (sums != nullptr) {
+            sum_of_rows<T>(out.const_data_ptr<T>(), out.stride(0), rows, cols, wanted);
+          }
         } else {
-          run(transposed ? column_grad<false, scalar_t, T> : row_grad<false, scalar_t, T>);
+          TORCH_CHECK_TYPE(
+              sums == nullptr, "logits are ", logits.scalar_type(), ", expected ", type);
         }
       });
+}
+
+void row_grad_op(
+    const Tensor& logits, Tensor& out, const Tensor& norm, const Tensor& coef, int64_t offset,
+    const OptionalTensor& threshold, const OptionalTensor& classes, const OptionalTensor& index,
+    const OptionalTensor& dense, const OptionalTensor& topk_index, const OptionalTensor& topk_prob,
+    const OptionalTensor& bias, const OptionalTensor& active, double logit_scale,
+    std::optional<double> softcap) {
+  gradient_of_rows(
+      logits, out, norm, coef, nullptr, 1.0, nullptr, offset, threshold, classes, index, dense,
+      topk_index, topk_prob, bias, active, logit_scale, softcap);
+}
+
+void row_grad_sums_op(
+    const Tensor& logits, Tensor& out, const Tensor& norm, const Tensor& coef, const Tensor& along,
+    double scale, Tensor& sums, int64_t offset, const OptionalTensor& threshold,
+    const OptionalTensor& classes, const OptionalTensor& index, const OptionalTensor& dense,
+    const OptionalTensor& topk_index, const OptionalTensor& topk_prob, const OptionalTensor& bias,
+    const OptionalTensor& active, double logit_scale, std::optional<double> softcap) {
+  gradient_of_rows(
+      logits, out, norm, coef, &along, scale, &sums, offset, threshold, classes, index, dense,
+      topk_index, topk_prob, bias, active, logit_scale, softcap);
+}
+
+void column_sums_op(const Tensor& grad, const Tensor& along, double scale, Tensor& sums) {
+  TORCH_CHECK_VALUE(grad.dim() == 2, "grad has ", grad.dim(), " dimensions, expected 2");
+  const int64_t rows = grad.size(0), cols = grad.size(1);
+  const bool transposed = !has_adjacent_entries(grad);
+  TORCH_CHECK_VALUE(
+      !transposed || has_adjacent_rows(grad), "grad has strides ", grad.strides(),
+      ", expected a 1");
+  AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "tightrope::column_sums", [&] {
+    const auto kernel = transposed ? sum_of_columns<scalar_t> : sum_of_rows<scalar_t>;
+    kernel(
+        grad.const_data_ptr<scalar_t>(), grad.stride(transposed), rows, cols,
+        make_column_sums<scalar_t>(rows, cols, along, scale, sums));
+  });
+}
+
+void pair_product_op(const Tensor& a, const Tensor& pairs, Tensor& out) {
+  TORCH_CHECK_VALUE(
+      a.dim() == 2 && a.size(1) % 2 == 0 && has_adjacent_entries(a), "a has shape ", a.sizes(),
+      " and strides ", a.strides(), ", expected two dimensions, adjacent along the even second");
+  const int64_t rows = a.size(0), inner = a.size(1), cols = pairs.size(1);
+  TORCH_CHECK_TYPE(
+      a.scalar_type() == at::kBFloat16, "a is ", a.scalar_type(), ", expected ", at::kBFloat16);
+  check(pairs, "pairs", {inner / 2, cols, 2}, at::kBFloat16);
+  check(out, "out", {rows, cols}, at::kFloat);
+  if (out.numel() == 0) return;
+  pair_product(
+      a.const_data_ptr<at::BFloat16>(), a.stride(0), pairs.const_data_ptr<at::BFloat16>(),
+      out.data_ptr<float>(), rows, cols, inner);
 }
 
 // Whether the columns of all that a kernel of second order goes over are contiguous. Their strides
@@ -283,6 +366,9 @@ TORCH_LIBRARY_IMPL(tightrope, CPU, m) {
   m.impl("row_stats", TORCH_FN(tightrope::cpu::row_stats_op));
   m.impl("row_sides", TORCH_FN(tightrope::cpu::row_sides_op));
   m.impl("row_grad", TORCH_FN(tightrope::cpu::row_grad_op));
+  m.impl("row_grad_sums", TORCH_FN(tightrope::cpu::row_grad_sums_op));
+  m.impl("column_sums", TORCH_FN(tightrope::cpu::column_sums_op));
+  m.impl("pair_product", TORCH_FN(tightrope::cpu::pair_product_op));
   m.impl("row_tangent", TORCH_FN(tightrope::cpu::row_tangent_op));
   m.impl("row_grad_tangent", TORCH_FN(tightrope::cpu::row_grad_tangent_op));
 }
@@ -290,5 +376,6 @@ TORCH_LIBRARY_IMPL(tightrope, CPU, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Tightrope's CPU kernels, built for one instruction set.";
   m.attr("capability") = TIGHTROPE_STRING(CPU_CAPABILITY);
+  m.attr("pairs") = tightrope::cpu::has_pair_products();
   m.attr("lanes") = at::vec::Vectorized<float>::size();
 }

@@ -15,11 +15,6 @@ inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kRowBlock = 1024;
 
-template <class T>
-T horizontal_sum(const Vectorized<T>& v) {
-  return at::vec::vec_reduce_all([](Vectorized<T> a, Vectorized<T> b) { return a + b; }, v);
-}
-
 // Converts n raw values to logits in `z` and returns their maximum (NaN if any is NaN).
 template <class scalar_t, class T>
 T load_row_block(
@@ -167,7 +162,6 @@ void row_grad(
   at::parallel_for(0, rows, grain_size(cols), [&](int64_t begin, int64_t end) {
     alignas(64) T z[kRowBlock];
     alignas(64) T g[kRowBlock];
-    const Vec log_zero(static_cast<T>(kLogZero));
     for (int64_t i = begin; i < end; ++i) {
       if (active != nullptr && !active[i]) {
         std::fill_n(out + i * out_stride, cols, scalar_t(0));
@@ -193,7 +187,7 @@ void row_grad(
               kThreshold ? select(whole_lanes, set_lanes, v >= least, mixed) : whole_lanes;
           const Vec log_p = log_probability(v, form.max, form.log_sum);
           const Vec p = exponential(log_p);
-          Vec grad = prob_gradient(p, at::vec::maximum(log_p, log_zero), form.c);
+          Vec grad = prob_gradient(p, at_least(log_p, static_cast<T>(kLogZero)), form.c);
           if (dense != nullptr)
             grad = grad + target_gradient(Vec::loadu(dense + j, count), p, form.c);
           // z is left out where it is not asked for, not multiplied by zero: a masked entry has
@@ -219,6 +213,36 @@ void row_grad(
           }
         }
         at::vec::convert(g, out + i * out_stride + first, n);
+      }
+    }
+  });
+}
+
+// Sums over each column of gradients [rows, cols], row stride `stride`. Every column is summed by
+// one thread, row by row.
+template <class T>
+void sum_of_rows(
+    const T* grad, int64_t stride, int64_t rows, int64_t cols, const ColumnSums<T>& wanted) {
+  using Vec = Vectorized<T>;
+  constexpr int64_t kLanes = Vec::size();
+  const int64_t blocks = (cols + kRowBlock - 1) / kRowBlock;
+  at::parallel_for(0, blocks, grain_size(rows * kRowBlock), [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kRowBlock; first < std::min(cols, end * kRowBlock);
+         first += kRowBlock) {
+      const int64_t n = std::min(kRowBlock, cols - first);
+      for (int64_t k = 0; k <= wanted.ranks; ++k) {
+        const bool squares = k == wanted.ranks;
+        T* const sum = wanted.sums + k * wanted.stride + first;
+        std::fill_n(sum, n, T(0));
+        for (int64_t i = 0; i < rows; ++i) {
+          const T* const row = grad + i * stride + first;
+          const Vec factor(wanted.scale), by(squares ? T(0) : wanted.along[k * rows + i]);
+          for (int64_t j = 0; j < n; j += kLanes) {
+            const int64_t lanes = std::min(kLanes, n - j);
+            const Vec g = Vec::loadu(row + j, lanes) * factor;
+            at::vec::fmadd(g, squares ? g : by, Vec::loadu(sum + j, lanes)).store(sum + j, lanes);
+          }
+        }
       }
     }
   });

@@ -117,7 +117,7 @@ TIGHTROPE_DEVICE void accumulate(
     for (int k = 0; k < N; ++k) {
       const T d = z[u * N + k] - shift;
       const T e = exponential(d);
-      add_entry(part.sums, z[u * N + k], d, e, log_zero, sum_scale);
+      add_entry(part.sums, z[u * N + k], maximum(d, log_zero), e, sum_scale);
       shifts = fmadd(d, sum_scale, shifts);
       if (dense != nullptr) {
         add_target(part.sums, b[k], b[k] == T(0) ? T(0) : scaled_shift(z[u * N + k], shift), e);

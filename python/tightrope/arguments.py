@@ -194,7 +194,19 @@ class LogitsArguments(ShardArguments, Transform, SetArguments, TokenTarget):
 
 
 @group
-class LinearArguments(LogitsArguments):
+class NoiseArguments(Arguments):
+    """The root mean square error that is allowed of a gradient, over its norm; 0: none, it is exact."""
+
+    input_noise: float = 0.0
+    weight_noise: float = 0.0
+
+    @property
+    def noisy(self) -> bool:
+        return self.input_noise > 0 or self.weight_noise > 0
+
+
+@group
+class LinearArguments(NoiseArguments, LogitsArguments):
     """What the operators on hidden states are told beside these, the head and its bias."""
 
     skip: bool = True  # rows that do not count are gathered out, else masked

@@ -20,7 +20,7 @@ from .loss_gradient import LossGradient, Recipe, Sources, gradients_by_statistic
 from .losses import RealityCreativity
 from .statistics import RowStats
 from .strategies import ops, own, row_losses, soft, soft_ops
-from .strategies.chunked import Needs
+from .strategies.products import Needs
 from .targets import Target
 from .theta import constants, fields_of, mass_needed, of_arguments, statistics, upstream_of
 
@@ -136,7 +136,7 @@ class ChunkedLoss(Function):
     """``sum(row_scale * loss)`` of the built-in losses, with its gradients made in the forward pass.
 
     (row_scale [N], balance [N], target_square [N], family, input [N, D], weight [V, D], bias [V],
-    *LinearArguments) -> (loss, summary [SUMMARY, N], argmax [N]); only the loss has a gradient.
+    *LinearArguments) -> (loss, summary [SUMMARY, N], argmax [N], sampling [3]); only the loss has a gradient.
     """
 
     @staticmethod
@@ -144,13 +144,14 @@ class ChunkedLoss(Function):
         arguments = LinearArguments(*flat)
         needed = (*ctx.needs_input_grad[4:7], _temperature_needed(ctx, 7, LinearArguments))
         family = RealityCreativity(*family)
-        row_loss, summary, argmax, *gradients, to_balance = ops.linear_loss(
+        row_loss, summary, argmax, *gradients, to_balance, sampling = ops.linear_loss(
             row_scale, balance, target_square, family, Needs(*needed), input, weight, bias, arguments
         )
         sources = (row_scale, balance, input, weight, bias, arguments.temperature)
         known = (row_loss, to_balance, *_wanted(gradients, needed))
         _save(ctx, row_losses.BuiltIn(family), (target_square,), arguments, known, sources, (summary, argmax))
-        return (row_scale * row_loss).sum(), summary, argmax
+        ctx.mark_non_differentiable(summary, argmax, sampling)
+        return (row_scale * row_loss).sum(), summary, argmax, sampling
 
     @staticmethod
     def backward(ctx, upstream, *_):
@@ -170,7 +171,7 @@ class OwnChunkedLoss(Function):
     @staticmethod
     def forward(ctx, loss_fn, row_scale, input, weight, bias, temperature, arguments, *row_args):
         needs = ctx.needs_input_grad
-        record, gradients = own.loss_and_gradients(
+        record, gradients, sampling = own.loss_and_gradients(
             loss_fn, row_scale, row_args, needs[7:], Needs(*needs[2:6]), input, weight, bias, arguments
         )
         # Without a single row that counts, loss_fn was never called.
@@ -179,7 +180,8 @@ class OwnChunkedLoss(Function):
         known = (record.row_loss, *to_args, *gradients.flat())
         loss = row_losses.Own(loss_fn, arguments.part(Target).is_given)
         _save(ctx, loss, (), arguments, known, sources, (record.summary, record.argmax))
-        return (row_scale * record.row_loss).sum(), record.summary, record.argmax
+        ctx.mark_non_differentiable(record.summary, record.argmax, sampling)
+        return (row_scale * record.row_loss).sum(), record.summary, record.argmax, sampling
 
     @staticmethod
     def backward(ctx, upstream, *_):
@@ -199,7 +201,6 @@ def _save(ctx, loss, constants, arguments: LinearArguments, gradients, sources, 
     ctx.shared_by = arguments.group if arguments.sharded else None
     if not torch.compiler.is_compiling():
         ctx.recipe = Recipe(loss, constants, arguments, linear_row_stats)
-    ctx.mark_non_differentiable(*statistics)
 
 
 def _gradients(ctx, needed: tuple[bool, ...], upstream: Tensor) -> tuple[Tensor | None, ...]:

@@ -29,7 +29,7 @@ from .arguments import LogitsArguments
 from .coefficients import row_coefficients
 from .statistics import FLOATING, StatGrads, row_stats
 from .strategies import ops, soft, soft_ops, tangent_ops
-from .strategies.chunked import Needs
+from .strategies.products import Needs
 from .strategies.tangents import Direction
 from .theta import (
     Saved,

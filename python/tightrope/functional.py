@@ -115,6 +115,7 @@ def linear_reality_creativity_loss(
     workspace_mb: Number | None = None,
     backend: BackendName | None = None,
     strategy: Strategy | None = None,
+    gradient_noise: Number | tuple[Number, Number] = 0.0,
     vocab_parallel: VocabParallel | None = None,
 ) -> Tensor | tuple[Tensor, RowStats]:
     """Reality-creativity loss of hidden states under a vocabulary head, without the logits in memory.
@@ -183,6 +184,12 @@ def linear_reality_creativity_loss(
             and memory for one tile of logits), or None: chunked where the workspace holds chunks of good
             size. Without gradients, with ``reduction="none"``, a target that requires grad, and inside of
             torch.func's transforms and forward mode, it is streaming.
+        gradient_noise: the root mean square error that is allowed of the gradients of ``input`` and
+            ``weight``, as a share of their norms: one number below 1, or a pair. 0: exact. Otherwise they are
+            made, without bias, of some of the columns of the logits' gradients, drawn from torch's default
+            generator; loss, statistics and the other gradients stay exact. In full where that would not pay:
+            on flat distributions, with ``logit_l2``, and on a GPU. Each chunk of rows keeps to it, and of a
+            vocabulary over ranks each part (docs/sampled-gradients.md).
         vocab_parallel: :class:`VocabParallel` where the ranks of a process group hold the vocabulary
             together; ``weight``, ``bias`` and a dense target are then this rank's part of them. An error of
             any rank, and arguments that differ where they must not, are raised on all of them. A weight that
@@ -233,6 +240,7 @@ def linear_reality_creativity_loss(
         skip_ignored=skip_ignored,
         workspace_mb=workspace_mb,
         backend=backend,
+        gradient_noise=gradient_noise,
         strategy=strategy,
     )
     arguments = settled(
@@ -247,14 +255,17 @@ def linear_reality_creativity_loss(
     scores.check_balance(family, balance)
     balances, hidden = rows.flatten(balance), space.rows()
     if choose_strategy(arguments, space, strategy, reduction, hidden, weight, bias) == "chunked":
-        loss, summary, argmax = ChunkedLoss.apply(
+        loss, summary, argmax, sampling = ChunkedLoss.apply(
             rows.scale, balances, square, family.flat(), hidden, weight, bias, *arguments.flat()
         )
         stats = row_stats(summary, argmax) if return_stats else None
     else:
+        sampling = None  # the backward comes later
         stats = linear_row_stats(hidden, weight, bias, arguments)
         loss = rows.reduce(family(stats, balances, square))
-    return (loss, rows.shaped(stats)) if return_stats else loss
+    if not arguments.noisy:
+        sampling = None
+    return (loss, rows.shaped(stats, sampling=sampling)) if return_stats else loss
 
 
 @joint
@@ -273,13 +284,14 @@ def linear_vocab_stats(
     skip_ignored: bool | None = None,
     workspace_mb: Number | None = None,
     backend: BackendName | None = None,
+    gradient_noise: Number | tuple[Number, Number] = 0.0,
     vocab_parallel: VocabParallel | None = None,
 ) -> RowStats:
     """Statistics of each token's logits, differentiable in every floating field, in little memory.
 
     Token log-probabilities are ``stats.target_log_prob`` (for class indices ``target_logit - lse``, without
     the cancellation) and entropies ``stats.entropy``; each field takes its own upstream gradient per token.
-    Forward: one GEMM. Backward: three.
+    Forward: one GEMM. Backward: three, or with a ``gradient_noise`` one and a little.
 
     Args:
         target: as in :func:`linear_reality_creativity_loss`, or None: then the ``target_*`` fields are None.
@@ -304,7 +316,12 @@ def linear_vocab_stats(
     )
     flat = space.target(target, ignore_index, shift)
     arguments = linear_arguments(
-        scores, flat, skip_ignored=skip_ignored, workspace_mb=workspace_mb, backend=backend
+        scores,
+        flat,
+        skip_ignored=skip_ignored,
+        workspace_mb=workspace_mb,
+        backend=backend,
+        gradient_noise=gradient_noise,
     )
     arguments = settled(arguments, space, **head_of(input, weight, bias))
     stats = linear_row_stats(space.rows(), weight, bias, arguments)
@@ -373,6 +390,7 @@ def linear_vocab_loss(
     workspace_mb: Number | None = None,
     backend: BackendName | None = None,
     strategy: Strategy | None = None,
+    gradient_noise: Number | tuple[Number, Number] = 0.0,
     vocab_parallel: VocabParallel | None = None,
 ) -> Tensor | tuple[Tensor, RowStats]:
     """A loss of your own, of the row statistics, at the speed and memory of the built-in ones.
@@ -425,6 +443,7 @@ def linear_vocab_loss(
         skip_ignored=skip_ignored,
         workspace_mb=workspace_mb,
         backend=backend,
+        gradient_noise=gradient_noise,
         strategy=strategy,
     )
     arguments = settled(
@@ -435,11 +454,14 @@ def linear_vocab_loss(
     # A compiler sees a user's loss between two operators, and not in a loop over chunks; nor does a trace
     # whose number of tokens is a symbol.
     if chosen == "chunked" and not torch.compiler.is_compiling() and isinstance(hidden.shape[0], int):
-        loss, summary, argmax = OwnChunkedLoss.apply(
+        loss, summary, argmax, sampling = OwnChunkedLoss.apply(
             loss_fn, rows.scale, hidden, weight, bias, arguments.temperature, arguments, *args
         )
         stats = row_stats(summary, argmax) if return_stats else None
     else:
+        sampling = None  # the backward comes later
         stats = linear_row_stats(hidden, weight, bias, arguments)
         loss = rows.reduce(evaluate(loss_fn, stats, args, target is not None))
-    return (loss, rows.shaped(stats, target is not None)) if return_stats else loss
+    if not arguments.noisy:
+        sampling = None
+    return (loss, rows.shaped(stats, target is not None, sampling)) if return_stats else loss

@@ -21,7 +21,7 @@ from .arguments import LinearArguments
 from .derivatives import refuse_shared
 from .statistics import RowStats
 from .strategies import row_losses, tangent_ops
-from .strategies.chunked import Needs
+from .strategies.products import Needs
 from .strategies.row_losses import MovingLoss, weighed
 from .strategies.tangents import Direction
 

@@ -87,6 +87,7 @@ def check_options(options: dict[str, Any]) -> None:
     validation.integer("shift", options["shift"], low=0)
     run = ("workspace_mb", "strategy", "skip_ignored")
     validation.run_options(options["backend"], *(options.get(name) for name in run))
+    validation.gradient_noise(options.get("gradient_noise", 0.0))
     validation.flag("return_stats", options["return_stats"], (True, False))
     check_vocab_parallel(options.get("vocab_parallel"))
 
@@ -155,6 +156,7 @@ class LinearRealityCreativityLoss(_Loss[Result]):
         workspace_mb: Number | None = None,
         backend: BackendName | None = None,
         strategy: Strategy | None = None,
+        gradient_noise: Number | tuple[Number, Number] = 0.0,
         vocab_parallel: VocabParallel | None = None,
     ):
         super().__init__({k: v for k, v in locals().items() if k not in ("self", "__class__")})

@@ -52,6 +52,7 @@ class _Driver(TypedDict, total=False):
     skip_ignored: bool | None
     workspace_mb: Number | None
     strategy: Strategy | None
+    gradient_noise: Number | tuple[Number, Number]
 
 
 class LogitsLossOptions(_Rows, _Terms, total=False):

@@ -211,12 +211,15 @@ class Rows:
         loss = loss.to(self.space.dtype) * self.scale
         return loss.view(self.space.tokens) if self.reduction == "none" else loss.sum()
 
-    def shaped(self, stats: RowStats, has_target: bool = True) -> RowStats:
-        """Detached statistics in the tokens' shape."""
+    def shaped(self, stats: RowStats, has_target: bool = True, sampling: Tensor | None = None) -> RowStats:
+        """Detached statistics in the tokens' shape. sampling [3]: share and noise, where there are any."""
         detached = RowStats(*(None if s is None else s.detach() for s in stats))
         if self.target.teacher_form != "mass":  # they are inner products with something else than b
             detached = detached._replace(target_logit=None, target_prob=None, target_log_prob=None)
-        return _tokens.unflatten(detached, self.space.tokens, has_target)
+        shaped = _tokens.unflatten(detached, self.space.tokens, has_target)
+        if sampling is None:
+            return shaped
+        return shaped._replace(sampled_share=sampling[0], sampled_noise=sampling[1:])
 
 
 def rows_of(
@@ -344,6 +347,7 @@ def linear_arguments(
     skip_ignored: bool | None,
     workspace_mb: float | None,
     backend: str | None,
+    gradient_noise: float | tuple[float, float],
     strategy: str | None = None,
 ) -> LinearArguments:
     workspace_mb = validation.run_options(backend, workspace_mb, strategy, skip_ignored)
@@ -353,7 +357,10 @@ def linear_arguments(
     if skip and target.valid is not None and space.device.type == "cuda":
         skip = not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
     workspace = plan.workspace_bytes(workspace_mb, space.device)
-    return LinearArguments(**scores.arguments(target), backend=backend, skip=skip, workspace=workspace)
+    noise = validation.gradient_noise(gradient_noise)
+    return LinearArguments(
+        **scores.arguments(target), **vars(noise), backend=backend, skip=skip, workspace=workspace
+    )
 
 
 def terms_of(family: RealityCreativity) -> dict[str, object]:

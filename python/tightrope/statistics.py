@@ -84,11 +84,12 @@ _LAYOUTS = {
 class RowStats(NamedTuple):
     """The statistics of each token's logits ``z`` (after bias, logit_scale and softcap), ``p = softmax(z)``.
 
-    Every field has the tokens' shape ``(...)``; floating fields are float32 (float64 if an input is), and
-    are 0 for ignored tokens. ``b`` is the target, one-hot for class indices, without label smoothing.
-    The ``target_*`` fields are None where no target was given, those of the support where no ``support`` was,
-    and the last two where the target is not a :class:`TeacherTarget`, which their types leave out: who uses
-    them has given one.
+    Every field but the last two has the tokens' shape ``(...)``; floating fields are float32 (float64 if an
+    input is), and are 0 for ignored tokens. ``b`` is the target, one-hot for class indices, without label
+    smoothing. The ``target_*`` fields are None where no target was given, those of a set where no ``support``
+    was, ``target_entropy`` and ``target_collision`` where the target is not a :class:`TeacherTarget`, and the
+    last two without a ``gradient_noise`` or where the backward comes later. The types leave that out: who
+    uses a field has given what it is of.
     """
 
     lse: Tensor  #: log sum_j exp(z_j)
@@ -111,10 +112,16 @@ class RowStats(NamedTuple):
     target_entropy: Tensor = None  # type: ignore[assignment]
     #: its collision probability |b|^2
     target_collision: Tensor = None  # type: ignore[assignment]
+    #: of all tokens together, 0-dimensional: the share of the columns whose products were made; 1 is in full
+    sampled_share: Tensor = None  # type: ignore[assignment]
+    #: [2]: the expected root mean square errors of the gradients of input and weight, over their norms
+    sampled_noise: Tensor = None  # type: ignore[assignment]
 
 
+# The fields that are of all tokens together: there with a gradient_noise only.
+OF_CALL = ("sampled_share", "sampled_noise")
 # The fields that have a gradient.
-FLOATING = tuple(name for name in RowStats._fields if name not in ("argmax", *OF_TEACHER))
+FLOATING = tuple(name for name in RowStats._fields if name not in ("argmax", *OF_TEACHER, *OF_CALL))
 
 
 class StatGrads(NamedTuple):

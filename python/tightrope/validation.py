@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .ambient import may_read
-from .arguments import Transform
+from .arguments import NoiseArguments, Transform
 from .backends import BACKENDS
 from .losses import CREATIVITY, REALITY, RealityCreativity
 from .support import Classes, MinP
@@ -351,6 +351,21 @@ def loss_terms(
         number("z_loss", z_loss, low=0.0, dtype=dtype),
         number("logit_l2", logit_l2, low=0.0, dtype=dtype),
     )
+
+
+def gradient_noise(value: object) -> NoiseArguments:
+    """One number in [0, 1) for both gradients, or a pair of them."""
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(
+            f"gradient_noise: got {len(pair)} numbers, expected one, or two: of the gradients of input and "
+            "weight"
+        )
+    numbers = [number("gradient_noise", x, low=0.0) for x in pair]
+    for x in numbers:
+        if x >= 1:
+            raise ValueError(f"gradient_noise: got {x:g}, expected a number below 1: a share of the gradient")
+    return NoiseArguments(*numbers)
 
 
 def run_options(

@@ -90,6 +90,10 @@ class Backend:
     serves_stream: Callable[..., bool] = lambda hidden, weight: False
     narrows: bool = False  # row_grad writes to an out of a narrower dtype than the logits
     max_topk: int | None = None  # entries of a top-k target that the row primitives take; None: any number
+    column_sums: Callable[..., None] = torch.ops.tightrope.column_sums
+    row_grad_sums: Callable[..., None] = torch.ops.tightrope.row_grad_sums
+    # (a, pairs, out), where the CPU has instructions for products of bfloat16 with a float32 result
+    pair_product: Callable[..., None] | None = None
     on_request: tuple[str, ...] = ()  # devices that it serves where it is asked for by name
 
     def serves(self, device: torch.device, asked: bool = False) -> bool:
@@ -141,6 +145,7 @@ BACKENDS = {
             torch.ops.tightrope.row_sides,
             row_tangent=torch.ops.tightrope.row_tangent,
             row_grad_tangent=torch.ops.tightrope.row_grad_tangent,
+            pair_product=torch.ops.tightrope.pair_product if getattr(_extension, "pairs", False) else None,
         ),
         # Its own row kernels, and Triton's streaming ones and those of second order.
         Backend(
@@ -180,6 +185,8 @@ BACKENDS = {
             ops.row_grad,
             ops.row_sides,
             narrows=True,
+            column_sums=ops.column_sums,
+            row_grad_sums=ops.row_grad_sums,
         ),
     )
 }

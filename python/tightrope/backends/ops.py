@@ -11,6 +11,9 @@ topk_prob [R, K], bias [T]; active [R] bool: other rows keep their statistics an
 row_sides merges into sides [6, R] what a tile adds to the two sides of its rows: the set, which is entries of
 at least threshold [R], or those among classes [R, K] int64 (ascending, repeated ones count once), and the
 rest. With a set row_grad takes norm [4, R] and coef [14, R]: those of the rest, then those of the set.
+column_sums writes sums [r + 1, T] over the columns of gradients [R, T] times a scale: their products with
+along [r, R], and their squares. row_grad_sums is row_grad, and this of what it writes, in one pass.
+pair_product writes out [M, N] = a [M, K] times pairs [K / 2, N, 2], bfloat16 both, K even, in float32.
 row_loss_grad takes whole rows: with upstream [11, R] (`RowUpstream`) it writes partial, argmax and out in one
 go; where the backend fuses, an out of a narrower dtype may have the front of each row's memory.
 Arithmetic is float32, float64 for float64 logits; all but logits and out have that dtype.
@@ -39,9 +42,16 @@ from ..statistics import (
 _library = torch.library.Library("tightrope", "DEF")
 
 
-def define(name: str, signature: Signature, returns: str, implementation: Callable, fake: Callable) -> None:
+def define(
+    name: str,
+    signature: Signature,
+    returns: str,
+    implementation: Callable,
+    fake: Callable,
+    *tags: torch.Tag,
+) -> None:
     """Register ``tightrope::<name>`` for every device, and its fake for torch.compile."""
-    _library.define(f"{name}({signature.schema}) -> {returns}")
+    _library.define(f"{name}({signature.schema}) -> {returns}", tags=tags)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tightrope::{name}", fake, lib=_library)
 
@@ -184,6 +194,24 @@ def row_grad(logits, out, norm, coef, offset, threshold, classes, *arguments) ->
     out.copy_(grad)
 
 
+def column_sums(grad, along, scale, sums) -> None:
+    """Write what sampling is told of the columns of a gradient to sums; see the top of this file."""
+    scaled = grad * scale
+    torch.mm(along, scaled, out=sums[:-1])
+    sums[-1] = scaled.square().sum(0)
+
+
+def row_grad_sums(logits, out, norm, coef, along, scale, sums, *arguments) -> None:
+    """Write dloss/dlogits of a tile to out, and column_sums of it to sums; see the top of this file."""
+    row_grad(logits, out, norm, coef, *arguments)
+    column_sums(out, along, scale, sums)
+
+
+def pair_product(a, pairs, out) -> None:
+    """Write a product of bfloat16 matrices, in float32, to out; see the top of this file."""
+    torch.mm(a.float(), pairs.transpose(1, 2).flatten(0, 1).float(), out=out)
+
+
 def row_loss_grad(logits, out, partial, argmax, upstream, *arguments) -> None:
     """Write statistics and dloss/dlogits of whole rows in one operator; see the top of this file."""
     tile = TileArguments(*arguments)
@@ -223,6 +251,37 @@ define(
     Signature(*_OUT, "Tensor norm", "Tensor coef", "int offset", SideArguments, TileArguments),
     "()",
     row_grad,
+    _fake,
+)
+define(
+    "row_grad_sums",
+    Signature(
+        *_OUT,
+        "Tensor norm",
+        "Tensor coef",
+        "Tensor along",
+        "float scale",
+        "Tensor(b!) sums",
+        "int offset",
+        SideArguments,
+        TileArguments,
+    ),
+    "()",
+    row_grad_sums,
+    _fake,
+)
+define(
+    "column_sums",
+    Signature("Tensor grad", "Tensor along", "float scale", "Tensor(a!) sums"),
+    "()",
+    column_sums,
+    _fake,
+)
+define(
+    "pair_product",
+    Signature("Tensor a", "Tensor pairs", "Tensor(a!) out"),
+    "()",
+    pair_product,
     _fake,
 )
 define(

@@ -214,6 +214,8 @@ def _train(args: argparse.Namespace) -> None:
             raise UserError(f"--target-entropy: got {name!r}, expected one of {', '.join(dict(modes))}")
     if args.min_p is not None and args.creativity != "support_entropy":
         raise UserError(f"--min-p: got {args.min_p:g}, expected none with --creativity {args.creativity}")
+    if args.gradient_noise is not None and len(args.gradient_noise) > 2:
+        raise UserError(f"--gradient-noise: got {len(args.gradient_noise)} numbers, expected one or two")
     _need("train", TRAIN_EXTRA)
     from .job import Options, run
 

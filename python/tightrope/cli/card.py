@@ -103,6 +103,13 @@ def write(
     return [rich_table(lines, title) for title, lines in tables.items()]
 
 
+def _noise(gradient_noise: Sequence[float] | None) -> str:
+    if gradient_noise is None:
+        return ""
+    shares = " and ".join(f"{share:.3g}" for share in gradient_noise)
+    return f"\nGradients of the loss were sampled (--gradient-noise {shares})."
+
+
 def _card(options: Options, rows: Sequence[Row]) -> str:
     names = ", ".join(row.mode for row in rows)
     first = rows[-1].mode
@@ -119,7 +126,7 @@ tags: [tightrope]
 {base}, fine-tuned by Tightrope ({options.train}, {options.steps} steps of
 {options.batch_size * options.accumulate} sequences of {options.sequence_length} tokens)
 on {text}. Each sequence was trained in one mode, behind the mode's {modes.TOKENS} tokens, on
-(1 - balance) * {options.reality} + balance * {options.creativity}.
+(1 - balance) * {options.reality} + balance * {options.creativity}.{_noise(options.gradient_noise)}
 
 {markdown_table(table(rows))}
 

@@ -45,6 +45,7 @@ class Options:
     creativity: str
     min_p: float | None
     target_entropy: dict[str, float]
+    gradient_noise: list[float] | None
     train: str
     rank: int
     blocks: int
@@ -220,7 +221,14 @@ def _trainer(
     known: dict[str, modes.Mode],
 ) -> ModeTrainer:
     support = None if options.min_p is None else MinP(options.min_p)
-    handle = fuse(network, reality=options.reality, creativity=options.creativity, support=support)
+    noise = tuple(options.gradient_noise or (0.0, 0.0))
+    handle = fuse(
+        network,
+        reality=options.reality,
+        creativity=options.creativity,
+        support=support,
+        gradient_noise=noise[0] if len(noise) == 1 else noise,
+    )
     new = [index for mode in known.values() for index in mode.tokens]
     rate = options.learning_rate or LEARNING_RATES[options.train]
     if options.train == "lora":

@@ -34,6 +34,7 @@ rate = number(float, lambda x: 0 < x < math.inf, "a positive number")
 share = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 positive_share = number(float, lambda x: 0 < x <= 1, "a number above 0, up to 1")
 length = number(int, lambda x: x >= 2, "a whole number from 2")
+noise = number(float, lambda x: 0 <= x < 1, "a number from 0, below 1")
 
 
 def named_share(text: str) -> tuple[str, float]:
@@ -122,6 +123,14 @@ def add_train(commands: argparse._SubParsersAction, modes: Sequence[str], run: C
         metavar="X",
         help="of support_entropy: the entropy of the classes whose probability is at least X times the "
         "largest (0.02)",
+    )
+    loss.add_argument(
+        "--gradient-noise",
+        type=noise,
+        nargs="+",
+        metavar="SHARE",
+        help="on a CPU, gradients from some of the columns, with this error: one number, or two, of hidden "
+        "states and of the head (exact)",
     )
     how = train.add_argument_group("how to train")
     how.add_argument(

@@ -18,6 +18,8 @@ from ..losses import REALITY
 from ..statistics import PARTIAL, SIDES, norm_rows, summary_rows
 from ..strategies import plan
 from ..strategies.gemm import operand_dtype, result_dtype, widens
+from ..strategies.products import Needs
+from ..strategies.sampled import samples
 from .layout import FACTS, ROWS
 
 GRADIENTS = ("input", "weight", "bias", "temperature")
@@ -182,6 +184,7 @@ def estimate(
     widest: int | None = None,
     given: bool = True,
     workspace_mb: float | None = None,
+    gradient_noise: float | tuple[float, float] = 0.0,
     device: str | torch.device = "cpu",
 ) -> Estimate:
     """The collectives and bytes of one call with ``vocab_parallel``, and of its backward.
@@ -210,7 +213,7 @@ def estimate(
         masked: tokens that do not count go along, masked (``skip_ignored=False``), and are among ``rows``.
         widest: classes of the rank that has most; default those of even shards, ``ceil(V / ranks)``.
         given: whether VocabParallel has both ``vocab_size`` and ``start``; else ranks agree on these first.
-        workspace_mb: as in the call.
+        workspace_mb, gradient_noise: as in the call.
         device: its type decides on the size of chunks; there need not be one.
 
     Returns:
@@ -272,7 +275,13 @@ def estimate(
     else:
         spans = plan.streaming_spans(most, owners, widest, result.itemsize, workspace, device)
         moments.forward(forward, spans)
-        if gradients:
+        noise = validation.gradient_noise(gradient_noise)
+        wanted = Needs("input" in gradients, "weight" in gradients, "bias" in gradients)
+        if samples(noise, wanted, device, operand, result):
+            for start, stop in chunks:
+                moments.spread(backward, stop - start)
+                moments.both(backward, stop - start)
+        elif gradients:
             moments.backward(backward, chunks)
     return Estimate(ranks, strategy, forward.collectives(), backward.collectives())
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from .. import target_checks, validation
 from ..arguments import ShardArguments
-from ..statistics import RowStats
+from ..statistics import OF_CALL, RowStats
 from ..support import Classes
 from ..targets import TeacherTarget, TopKTarget
 from . import collectives
@@ -274,7 +274,8 @@ class Layout:
     def joined(self, result: object, reduction: str) -> object:
         """The result for all tokens, from that for the tokens that are here."""
         if isinstance(result, RowStats):
-            return RowStats(*(None if value is None else self._of_tokens(value) for value in result))
+            of_tokens = {k: v for k, v in result._asdict().items() if v is not None and k not in OF_CALL}
+            return result._replace(**{name: self._of_tokens(value) for name, value in of_tokens.items()})
         if isinstance(result, tuple):
             return tuple(self.joined(part, reduction) for part in result)
         if reduction == "none":

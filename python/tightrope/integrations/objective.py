@@ -21,7 +21,7 @@ _MODELS_OWN = (
     *("row_weight", "row_args", "return_stats"),
 )
 # Of the head's product, which logits that exist do not have.
-_OF_PRODUCTS = ("workspace_mb", "strategy", "skip_ignored")
+_OF_PRODUCTS = ("workspace_mb", "strategy", "skip_ignored", "gradient_noise")
 
 
 _BESIDE_LOSS_FN = "balance: got one beside loss_fn, expected none: a loss of your own has its own balance"

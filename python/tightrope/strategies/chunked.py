@@ -17,13 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..arguments import Arguments, group
 from ..coefficients import row_coefficients
 from ..distributed.exchange import Reduction
 from ..statistics import RowStats, StatGrads, norm_rows, row_stats
 from . import plan
 from .gemm import headroom, multiply
-from .problem import Chunk, LinearProblem
+from .problem import Chunk, ColumnSums, LinearProblem
+from .products import Gradients, Needs, multiply_tiles
+from .sampled import Sampler, in_full
 from .workspace import borrow
 
 # (statistics of a chunk's rows, the chunk) -> (loss of each row [n], upstream gradients of the statistics,
@@ -31,49 +32,6 @@ from .workspace import borrow
 Upstream = Callable[[RowStats, Chunk], tuple[Tensor, StatGrads, tuple[Tensor | None, ...]]]
 # The upstream gradients of a chunk's statistics as functions of these: [UPSTREAM, n] (`RowUpstream`).
 Ahead = Callable[[Chunk], Tensor]
-
-
-@group
-class Needs(Arguments):
-    """Which gradients are wanted; the others cost no GEMM and no memory."""
-
-    input_grad: bool
-    weight_grad: bool
-    bias_grad: bool
-    temperature_grad: bool = False
-
-
-@group
-class Gradients(Arguments):
-    """The gradients of input [N, D], weight [V, D], bias [V] and temperature [N], or None.
-
-    In the dtype of the arithmetic.
-    """
-
-    to_input: Tensor | None
-    to_weight: Tensor | None
-    to_bias: Tensor | None
-    to_temperature: Tensor | None
-
-    @classmethod
-    def unwritten(cls, problem: LinearProblem, needs: Needs, chunks: int) -> Gradients:
-        """Memory for those that are wanted: zeros where no chunk writes first."""
-        like = {"dtype": problem.dtype, "device": problem.device}
-        # Rows that are gathered out keep the zeros.
-        make = torch.empty if problem.rows.kept is None else torch.zeros
-        to_input = make(problem.input.shape, **like) if needs.input_grad else None
-        make = torch.empty if chunks else torch.zeros
-        to_weight = make(problem.weight.shape, **like) if needs.weight_grad else None
-        if to_weight is not None:
-            to_weight[problem.columns :] = 0.0  # padding
-        to_bias = torch.zeros(problem.weight.shape[0], **like) if needs.bias_grad else None
-        to_temperature = torch.zeros(problem.rows.total, **like) if needs.temperature_grad else None
-        return cls(to_input, to_weight, to_bias, to_temperature)
-
-    def rounded(self, problem: LinearProblem) -> Gradients:
-        """In the dtypes of the tensors that they are of."""
-        sources = (problem.input, problem.weight, problem.bias, problem.temperature)
-        return Gradients(*(None if s is None else s.to(t.dtype) for s, t in zip(self.flat(), sources)))
 
 
 def side_by_side(hidden_grad: Tensor | None, to_rows: Tensor | None) -> Tensor | None:
@@ -186,15 +144,16 @@ def of_teacher(memory: Tensor) -> Tensor:
 
 def loss_and_gradients(
     problem: LinearProblem, upstream: Upstream, needs: Needs, workspace: int, ahead: Ahead | None = None
-) -> tuple[Record, Gradients]:
+) -> tuple[Record, Gradients, Tensor]:
     """The loss of every row and the gradients of their weighted sum, in one sweep over the rows.
 
-    workspace: bytes for a chunk's logits. ahead: the gradients that upstream gives, for a fused kernel.
+    And what came of sampling, [3] (`Sampler.report`). workspace: bytes for a chunk's logits. ahead: the
+    gradients that upstream gives, for a fused kernel.
     """
     problem.check_topk()
     how = Plan.of(problem, workspace, fusible=ahead is not None)
     record, gradients = Record(problem), Gradients.unwritten(problem, needs, len(how.chunks))
-    reductions = Reductions(gradients)
+    reductions, sampler = Reductions(gradients), Sampler.of(problem, needs, gradients)
     with borrow(how.elements, problem.dtype, problem.device) as memory:
         for start, stop in how.chunks:
             own = problem.chunk(start, stop)
@@ -204,14 +163,16 @@ def loss_and_gradients(
                 logits = logits[:, : problem.columns]
                 summary, argmax, grads = _fused(problem, chunk, hidden, logits, ahead(chunk))
                 record.add(own, summary, argmax, upstream)
-                _multiply(problem, chunk, hidden, grads, None, gradients)
+                multiply_tiles(problem, chunk, hidden, grads, None, gradients)
                 continue
             summary, argmax = chunk_statistics(problem, own, chunk, hidden, memory)
             stat_grads = record.add(own, summary, argmax, upstream)
             coef = row_coefficients(summary, stat_grads, problem.vocab_size)
-            chunk_gradients(problem, own, chunk, hidden, memory, norm_rows(summary), coef, reductions)
+            chunk_gradients(
+                problem, own, chunk, hidden, memory, norm_rows(summary), coef, reductions, sampler
+            )
         reductions.finish()
-    return record, gradients
+    return record, gradients, in_full(problem) if sampler is None else sampler.report()
 
 
 def _fused(
@@ -238,9 +199,10 @@ def chunk_statistics(
     tiles = problem.tiles(chunk.size)
     if problem.teacher is not None:
         chunk.target.dense.measure(own.step, tiles, of_teacher(memory))
+    factor = problem.factor(hidden)
     for tile in tiles:
         part = memory[chunk.size * tile[0] :]
-        raw = problem.raw_logits(hidden, problem.head(*tile), part, chunk, tile)
+        raw = problem.raw_logits(factor, part, chunk, tile)
         problem.row_stats(raw, partial, argmax, chunk, tile)
     again = (
         (problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0]), tile) for tile in tiles
@@ -257,6 +219,7 @@ def chunk_gradients(
     norm: Tensor,
     coef: Tensor,
     reductions: Reductions,
+    sampler: Sampler | None = None,
 ) -> None:
     """Add what a chunk contributes to the gradients; memory holds its logits, and is overwritten.
 
@@ -269,51 +232,18 @@ def chunk_gradients(
     coef, undo = headroom(coef, problem.operand)
     form = problem.form(chunk, norm, coef, to_rows)
 
-    def gradient(tile: tuple[int, int]) -> Tensor:
-        raw = problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0])
-        return problem.row_grad(raw, form, chunk, tile)
+    def made(sums: ColumnSums | None = None) -> Iterable[Tensor]:
+        for tile in problem.tiles(chunk.size):
+            raw = problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0])
+            yield problem.row_grad(raw, form, chunk, tile, sums)
 
-    grads = map(gradient, problem.tiles(chunk.size))
-    hidden_grad = _multiply(problem, chunk, hidden, grads, undo, gradients)
+    if sampler is None:
+        hidden_grad = multiply_tiles(problem, chunk, hidden, made(), undo, gradients)
+    else:
+        hidden_grad = sampler.multiply(chunk, hidden, memory, form, made)
     if to_rows is not None and undo is not None:
         to_rows *= undo
     if not own.step.alone:
         reductions.add(own, hidden_grad, to_rows)
     elif to_rows is not None:
         gradients.to_temperature[own.where] = to_rows
-
-
-def _multiply(
-    problem: LinearProblem,
-    chunk: Chunk,
-    hidden: Tensor,
-    grads: Iterable[Tensor],
-    undo: Tensor | None,
-    gradients: Gradients,
-) -> Tensor | None:
-    """Add what the gradients of the chunk's logits, tile by tile, contribute to the gradients wanted.
-
-    undo: what undoes the scale of grads, if they have one. Where the vocabulary is shared by ranks the
-    gradient of the hidden states is not put in its place yet: it is given, [m, D].
-    """
-    to_input, to_weight, to_bias, _ = gradients.flat()
-    in_place = chunk.step.alone and isinstance(chunk.where, slice)
-    if to_input is not None:
-        make = torch.empty_like if problem.columns else torch.zeros_like
-        hidden_grad = to_input[chunk.where] if in_place else make(hidden, dtype=problem.dtype)
-    for tile, grad in zip(problem.tiles(chunk.size), grads):
-        if to_input is not None:
-            multiply(grad, problem.head(*tile), hidden_grad, rows="m", accumulate=tile[0] > 0)
-        if to_weight is not None:
-            part = to_weight[tile[0] : tile[1]]
-            multiply(grad.t(), hidden, part, rows="k", accumulate=not chunk.first, scale=undo)
-        if to_bias is not None:
-            bias_grad = grad.sum(0, dtype=problem.dtype)
-            to_bias[tile[0] : tile[1]] += bias_grad if undo is None else bias_grad * undo
-    if to_input is None:
-        return None
-    if undo is not None:
-        hidden_grad *= undo
-    if chunk.step.alone and not in_place:
-        to_input[chunk.where] = hidden_grad
-    return hidden_grad

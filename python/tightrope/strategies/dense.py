@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..statistics import norm_rows
 from . import plan
-from .chunked import Needs
 from .problem import Chunk, LogitsProblem
+from .products import Needs
 from .tangents import Direction, Form, Moving, UpstreamOf
 
 

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..arguments import Arguments, LinearArguments, LogitsArguments, Signature, Transform, group
+from ..arguments import (
+    Arguments,
+    LinearArguments,
+    LogitsArguments,
+    NoiseArguments,
+    Signature,
+    Transform,
+    group,
+)
 from ..backends.ops import define
 from ..distributed.exchange import Exchange
 from ..losses import RealityCreativity
@@ -22,8 +30,9 @@ from ..statistics import norm_rows, summary_rows
 from ..support import RowSets
 from ..targets import Target
 from . import chunked, dense, streaming
-from .chunked import Gradients, Needs, Reductions, Upstream
+from .chunked import Reductions, Upstream
 from .problem import LinearProblem, LogitsProblem, Rows, arithmetic_dtype
+from .products import Gradients, Needs
 
 # input [N, D], weight [V, D], bias [V]; logits [N, V].
 HEAD = ("Tensor input", "Tensor weight", "Tensor? bias", LinearArguments)
@@ -62,7 +71,8 @@ def linear_problem(
         rows = Rows.of(input.shape[0], arguments.valid, arguments.skip)
     scoring = _scoring(arguments, rows, weight.shape[0], input.device)
     teacher = _teacher(arguments, scoring, arithmetic_dtype(input, weight, bias))
-    return LinearProblem(input, weight, bias, **scoring, teacher=teacher)
+    noise = arguments.part(NoiseArguments)
+    return LinearProblem(input, weight, bias, noise=noise, **scoring, teacher=teacher)
 
 
 def logits_problem(logits: Tensor, arguments: LogitsArguments) -> LogitsProblem:
@@ -168,7 +178,8 @@ def _linear_loss(
 
     Gives the loss of each row [N], summary [SUMMARY, N], argmax [N], and the gradients of
     ``sum(row_scale * loss)`` with respect to input, weight, bias, temperature (in the dtype of the
-    arithmetic: the one rounding comes after the upstream gradient is known) and balance [N].
+    arithmetic: the one rounding comes after the upstream gradient is known) and balance [N]; and what came of
+    sampling [3] (`Sampler.report`).
     """
     problem = linear_problem(input, weight, bias, arguments)
     upstream = _upstream(family, row_scale, balance, target_square)
@@ -177,9 +188,12 @@ def _linear_loss(
         return family.upstream(balance[chunk.where], row_scale[chunk.where])
 
     with exact_products(input.device):
-        record, gradients = chunked.loss_and_gradients(problem, upstream, needs, arguments.budget, ahead)
+        record, gradients, sampling = chunked.loss_and_gradients(
+            problem, upstream, needs, arguments.budget, ahead
+        )
     to_balance = record.args[0] if record.args else torch.zeros_like(row_scale)
-    return record.row_loss, record.summary, record.argmax, *given(gradients.flat(), input), to_balance
+    made = given(gradients.flat(), input)
+    return record.row_loss, record.summary, record.argmax, *made, to_balance, sampling
 
 
 def _upstream(
@@ -202,6 +216,7 @@ def _linear_loss_fake(row_scale, balance, target_square, family, needs, input, w
         *_fake_statistics(input.shape[0], input, arguments, dtype),
         *fake_gradients(needs, input, weight, bias, arguments, dtype),
         torch.empty_like(row_scale),
+        row_scale.new_empty((3,), dtype=dtype),
     )
 
 
@@ -288,16 +303,20 @@ def _logits_stats_backward_fake(summary, coef, temperature_grad, logits, argumen
 
 
 SIGNATURES: dict[str, Signature] = {}
+# Of operators that may sample: no compiler may take two calls for one.
+_DRAWS = torch.Tag.nondeterministic_seeded
 
 
-def register(name: str, signature: Signature, returns: str, driver: Callable, fake: Callable) -> Callable:
+def register(
+    name: str, signature: Signature, returns: str, driver: Callable, fake: Callable, *tags: torch.Tag
+) -> Callable:
     """Register a driver that takes one object for each part of its signature; gives what calls it so."""
     SIGNATURES[name] = signature
 
     def flat(function: Callable) -> Callable:
         return lambda *arguments: function(*signature.unflatten(*arguments))
 
-    define(name, signature, returns, flat(driver), flat(fake))
+    define(name, signature, returns, flat(driver), flat(fake), *tags)
     operator = getattr(torch.ops.tightrope, name)
 
     def call(*arguments):
@@ -322,13 +341,15 @@ linear_stats_backward = register(
     f"({_GRADIENTS})",
     _linear_stats_backward,
     _linear_stats_backward_fake,
+    _DRAWS,
 )
 linear_loss = register(
     "linear_loss",
     Signature("Tensor row_scale", "Tensor balance", "Tensor? target_square", RealityCreativity, Needs, *HEAD),
-    f"(Tensor row_loss, Tensor summary, Tensor argmax, {_GRADIENTS}, Tensor to_balance)",
+    f"(Tensor row_loss, Tensor summary, Tensor argmax, {_GRADIENTS}, Tensor to_balance, Tensor sampling)",
     _linear_loss,
     _linear_loss_fake,
+    _DRAWS,
 )
 logits_stats = register("logits_stats", Signature(*LOGITS), _STATISTICS, _logits_stats, _logits_stats_fake)
 logits_stats_backward = register(

@@ -20,8 +20,10 @@ from ..coefficients import row_coefficients
 from ..statistics import FLOATING, RowStats, StatGrads
 from ..tokens import without_target
 from . import chunked, ops
-from .chunked import Gradients, Needs, Plan, Record
+from .chunked import Plan, Record
 from .problem import Rows
+from .products import Gradients, Needs
+from .sampled import in_full
 from .workspace import borrow
 
 
@@ -35,9 +37,12 @@ def loss_and_gradients(
     weight: Tensor,
     bias: Tensor | None,
     arguments: LinearArguments,
-) -> tuple[Record, Gradients]:
-    """The loss of every row and the gradients of ``sum(row_scale * loss)``, row_args' in the record."""
-    if arguments.group is not None:
+) -> tuple[Record, Gradients, Tensor]:
+    """The loss of every row and the gradients of ``sum(row_scale * loss)``, row_args' in the record.
+
+    And what came of sampling, as `chunked.loss_and_gradients` gives it.
+    """
+    if arguments.group is not None or (arguments.noisy and has_values(input)):
         problem = ops.linear_problem(input, weight, bias, arguments)
         upstream = _differentiate(loss_fn, row_scale, row_args, args_need, problem.target.is_given)
         with ops.exact_products(input.device):
@@ -62,7 +67,7 @@ def loss_and_gradients(
             ops.chunk_gradients(
                 memory, summary, coef, span, *gradients.flat(), input, weight, bias, arguments
             )
-    return record, gradients
+    return record, gradients, in_full(problem)
 
 
 @contextlib.contextmanager

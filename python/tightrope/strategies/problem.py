@@ -8,13 +8,13 @@ the logits, and without native instructions it runs hundreds of times slower tha
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..arguments import SideArguments, TileArguments, Transform
+from ..arguments import NoiseArguments, SideArguments, TileArguments, Transform
 from ..backends import Backend
 from ..backends.ops import to_logits, to_raw_gradient
 from ..distributed.exchange import Exchange, Step
@@ -84,6 +84,19 @@ class Form:
     coef: Tensor  # [7, n], or [14, n]
     sides: SideArguments
     to_temperature: Tensor | None  # [n]: the gradient of temperatures, which is added to
+
+
+@dataclass(frozen=True)
+class ColumnSums:
+    """What is wanted of the columns of a chunk's gradient, beside the gradient (`ops.column_sums`)."""
+
+    along: Tensor  # [r, n]
+    scale: float
+    sums: Tensor  # [r + 1, V]: written
+
+    def of(self, start: int, stop: int) -> tuple[Tensor, float, Tensor]:
+        """Those of a tile, as the primitives take them."""
+        return self.along, self.scale, self.sums[:, start:stop]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,11 +193,21 @@ class _Scored:
         self.backend.row_sides(raw, sides, self.offset + tile[0], *which.flat(), *arguments)
 
     def scored_grad(
-        self, scored: Tensor, out: Tensor, form: Form, chunk: Chunk, tile: tuple[int, int]
+        self,
+        scored: Tensor,
+        out: Tensor,
+        form: Form,
+        chunk: Chunk,
+        tile: tuple[int, int],
+        sums: ColumnSums | None = None,
     ) -> None:
         """Write the gradient with respect to what the row primitives take to out, which it may be."""
-        arguments = (*form.sides.flat(), *self.tile_arguments(chunk, tile))
-        self.backend.row_grad(scored, out, form.norm, form.coef, self.offset + tile[0], *arguments)
+        rows, offset = (form.norm, form.coef), self.offset + tile[0]
+        arguments = (offset, *form.sides.flat(), *self.tile_arguments(chunk, tile))
+        if sums is None:
+            self.backend.row_grad(scored, out, *rows, *arguments)
+        else:
+            self.backend.row_grad_sums(scored, out, *rows, *sums.of(*tile), *arguments)
 
     def new_partial(self, rows: int) -> tuple[Tensor, Tensor]:
         return empty_partial(rows, self.dtype, self.device)
@@ -236,6 +259,7 @@ class LinearProblem(_Scored):
     input: Tensor
     weight: Tensor
     bias: Tensor | None
+    noise: NoiseArguments = field(default_factory=NoiseArguments)
     widened: bool = False  # every operand is of the dtype of the arithmetic
     arithmetic: torch.dtype | None = None  # a teacher's is the student's
 
@@ -291,12 +315,44 @@ class LinearProblem(_Scored):
             return memory[: rows * entries].view(entries, rows).t()
         return memory[: rows * entries].view(rows, entries)
 
+    @cached_property
+    def pairs(self) -> bool:
+        """Whether logits are made of bfloat16 tensors as they are, in float32."""
+        product, widths = self.backend.pair_product, (self.weight.shape[1], *self.weight.stride())
+        fits = widths[0] % 2 == 0 and widths[0] > 0 and widths[2] == 1
+        return product is not None and fits and self.input.dtype == self.weight.dtype == torch.bfloat16
+
+    def factor(self, hidden: Tensor) -> Tensor:
+        """Hidden states [n, D] as `raw_logits` takes them."""
+        if not self.pairs or self.dtype != torch.float32:
+            return hidden
+        # Two bfloat16 are one int32, which is transposed faster. They were bfloat16 before they were float32.
+        return (
+            hidden.to(torch.bfloat16)
+            .view(torch.int32)
+            .t()
+            .contiguous()
+            .view(torch.bfloat16)
+            .unflatten(1, (-1, 2))
+        )
+
     def raw_logits(
-        self, hidden: Tensor, head: Tensor, memory: Tensor, chunk: Chunk, tile: tuple[int, int]
+        self,
+        factor: Tensor,
+        memory: Tensor,
+        chunk: Chunk,
+        tile: tuple[int, int],
+        head: Tensor | None = None,
     ) -> Tensor:
-        """``hidden @ head.T`` [n, T], in its place in flat memory; logits where rows have temperatures."""
-        raw = self.place(memory, hidden.shape[0], head.shape[0])
-        self.product(hidden, head, raw)
+        """``hidden @ head.T`` [n, T], in its place in flat memory; logits where rows have temperatures.
+
+        head: that of the tile, where it is at hand.
+        """
+        raw = self.place(memory, chunk.size, tile[1] - tile[0])
+        if factor.dim() == 3:
+            self.backend.pair_product(self.weight[tile[0] : tile[1]], factor, raw.t())
+        else:
+            self.product(factor, self.head(*tile) if head is None else head, raw)
         return raw if chunk.temperature is None else raw.copy_(self.tempered(raw, chunk, tile))
 
     def product(self, hidden: Tensor, head: Tensor, out: Tensor, accumulate: bool = False) -> None:
@@ -306,14 +362,26 @@ class LinearProblem(_Scored):
         else:
             multiply(hidden, head.t(), out, rows="m", accumulate=accumulate)
 
-    def row_grad(self, raw: Tensor, form: Form, chunk: Chunk, tile: tuple[int, int]) -> Tensor:
-        """Gradient with respect to the raw logits, as a GEMM's operand: in place where dtypes allow."""
+    def row_grad(
+        self,
+        raw: Tensor,
+        form: Form,
+        chunk: Chunk,
+        tile: tuple[int, int],
+        sums: ColumnSums | None = None,
+    ) -> Tensor:
+        """Gradient with respect to the raw logits, as a GEMM's operand: in place where dtypes allow.
+
+        sums: written too, where operands have the dtype of the arithmetic.
+        """
         z = None if chunk.temperature is None else raw.clone()
         narrow = self.operand != raw.dtype and self.backend.narrows and z is None
         out = torch.empty_like(raw, dtype=self.operand) if narrow else raw
-        self.scored_grad(raw, out, form, chunk, tile)
+        self.scored_grad(raw, out, form, chunk, tile, sums if z is None else None)
         if z is not None:
             out = self.cooled(z, out, chunk, form.to_temperature)
+            if sums is not None:
+                self.backend.column_sums(out, *sums.of(*tile))
         return out.to(self.operand)
 
     def fuses(self, rows: int) -> bool:

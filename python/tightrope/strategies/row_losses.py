@@ -18,10 +18,10 @@ from torch import Tensor
 from ..losses import RealityCreativity
 from ..statistics import FLOATING, RowStats, StatGrads, row_stats
 from . import tangents
-from .chunked import Gradients, Needs
 from .ops import exact_products
 from .own import evaluate
 from .problem import LinearProblem
+from .products import Gradients, Needs
 from .tangents import Direction, Upstream
 
 

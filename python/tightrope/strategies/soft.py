@@ -39,9 +39,9 @@ def of_linear(problem: LinearProblem, summary: Tensor, slopes: Tensor, workspace
     with borrow(largest(tiles, spans), problem.dtype, problem.device) as memory:
         for start, stop in spans:
             chunk = problem.chunk(start, stop)
-            hidden = problem.hidden(chunk)
+            factor = problem.factor(problem.hidden(chunk))
             for tile in tiles:
-                add(problem.raw_logits(hidden, problem.head(*tile), memory, chunk, tile), chunk, tile)
+                add(problem.raw_logits(factor, memory, chunk, tile), chunk, tile)
     return out
 
 

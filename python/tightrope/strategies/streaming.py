@@ -15,9 +15,11 @@ from torch import Tensor
 
 from ..statistics import norm_rows
 from . import plan
-from .chunked import Gradients, Needs, Plan, Reductions, chunk_gradients, side_by_side
+from .chunked import Plan, Reductions, chunk_gradients, side_by_side
 from .gemm import headroom, multiply
 from .problem import Chunk, Form, LinearProblem
+from .products import Gradients, Needs
+from .sampled import Sampler
 from .workspace import borrow
 
 Spans = list[tuple[int, int]]
@@ -86,16 +88,15 @@ def statistics(problem: LinearProblem, workspace: int) -> tuple[Tensor, Tensor]:
             if problem.teacher is not None:
                 chunk.target.dense.measure(own.step, tiles)
             partial, best = problem.new_partial(chunk.size)
+            factor = problem.factor(hidden)
             for tile in tiles:
                 if problem.streams:
                     problem.stream_stats(hidden, partial, best, chunk, tile)
                     continue
-                raw = problem.raw_logits(hidden, problem.head(*tile), flat, chunk, tile)
+                raw = problem.raw_logits(factor, flat, chunk, tile)
                 problem.row_stats(raw, partial, best, chunk, tile)
             # The logits are gone by then, and made once more.
-            again = (
-                (problem.raw_logits(hidden, problem.head(*tile), flat, chunk, tile), tile) for tile in tiles
-            )
+            again = ((problem.raw_logits(factor, flat, chunk, tile), tile) for tile in tiles)
             of_rows = problem.summarise(partial, best, own, chunk, again)
             summary[:, own.where], argmax[own.where] = of_rows
     return summary, argmax
@@ -105,7 +106,7 @@ def gradients(
     problem: LinearProblem, summary: Tensor, coef: Tensor, needs: Needs, workspace: int
 ) -> Gradients:
     """The gradients, in the tensors' dtypes, from the coefficients [7 or 14, N] of every row."""
-    if problem.exchange.owners > 1:
+    if problem.exchange.owners > 1 or Sampler.serves(problem, needs):
         return _by_chunks(problem, summary, coef, needs, workspace)
     dtype, rows = problem.dtype, problem.rows
     tiles, blocks = _backward_spans(problem, workspace)
@@ -188,20 +189,24 @@ def _over_ranks(
 def _by_chunks(
     problem: LinearProblem, summary: Tensor, coef: Tensor, needs: Needs, workspace: int
 ) -> Gradients:
-    """`gradients`, with the rows in chunks, so that no more than a chunk of other ranks' rows is here."""
+    """`gradients`, with the rows in chunks: no more than a chunk of other ranks' rows is here, or columns are
+    drawn for each chunk.
+    """
     how = Plan.of(problem, workspace, fusible=False)
     sums = Gradients.unwritten(problem, needs, len(how.chunks))
-    norm, reductions = norm_rows(summary), Reductions(sums)
+    norm, reductions, sampler = norm_rows(summary), Reductions(sums), Sampler.of(problem, needs, sums)
     with borrow(how.elements, problem.dtype, problem.device) as memory:
         for start, stop in how.chunks:
             own = problem.chunk(start, stop, summary)
             chunk, hidden = own.step.spread(problem, own)
+            factor = problem.factor(hidden)
             for tile in problem.tiles(chunk.size):
-                part = memory[chunk.size * tile[0] :]
-                problem.raw_logits(hidden, problem.head(*tile), part, chunk, tile)
-            of_rows = norm[:, own.where], coef[:, own.where]
-            chunk_gradients(problem, own, chunk, hidden, memory, *of_rows, reductions)
+                problem.raw_logits(factor, memory[chunk.size * tile[0] :], chunk, tile)
+            of_rows = norm[:, own.where], coef[:, own.where].contiguous()
+            chunk_gradients(problem, own, chunk, hidden, memory, *of_rows, reductions, sampler)
         reductions.finish()
+    if sampler is not None:
+        sampler.finish()
     return sums.rounded(problem)
 
 
@@ -219,7 +224,7 @@ def _gradient(
         out = flat[: chunk.size * head.shape[0]].view(chunk.size, -1)
         problem.stream_grad(hidden, out, form.norm, form.coef, chunk, tile)
         return out
-    raw = problem.raw_logits(hidden, head, flat, chunk, tile)
+    raw = problem.raw_logits(problem.factor(hidden), flat, chunk, tile, head)
     return problem.row_grad(raw, form, chunk, tile)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..arguments import LinearArguments, LogitsArguments, Signature
 from ..statistics import StatGrads
 from . import dense, ops, tangents
-from .chunked import Needs
 from .problem import LinearProblem
+from .products import Needs
 from .tangents import Direction, Upstream
 
 # Upstream gradients of the statistics and where they move, each as those that there are [k, N] and which.

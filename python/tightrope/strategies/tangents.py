@@ -25,9 +25,9 @@ from ..backends.second import to_logits_tangent, to_raw_gradient_tangent
 from ..coefficients import coefficient_tangent, row_coefficients
 from ..statistics import StatGrads, empty_sums, norm_rows, norm_tangent_rows, summarise_tangent
 from . import plan
-from .chunked import Gradients, Needs
 from .gemm import multiply
 from .problem import Chunk, LinearProblem, LogitsProblem
+from .products import Gradients, Needs
 from .streaming import largest, placed, tiled_spans
 from .workspace import borrow
 
@@ -232,7 +232,7 @@ class _Linear:
     ) -> tuple[Tensor, Tensor]:
         """A tile of logits and their direction, as the row primitives take them, in flat memory each."""
         problem, chunk = self.problem, moving.chunk
-        scored = problem.raw_logits(hidden[0], head[0], memory[0], chunk, tile)
+        scored = problem.raw_logits(hidden[0], memory[0], chunk, tile, head[0])
         tangent = problem.place(memory[1], chunk.size, head[0].shape[0])
         started = hidden[1] is not None
         if started:

@@ -26,6 +26,7 @@ SHAPES = ("large shape", "shapes")
 WITHOUT_SWEEPS = (*SHAPES, "real shape", "scenarios")
 EVERYWHERE = (*WITHOUT_SWEEPS, "against V", "against N")
 NO_CURVATURE = "no second derivatives"
+SAMPLED_NOISE = 0.005
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,17 @@ class Competitor:
         return importlib.metadata.version(self.package)
 
 
-def ours(step: Step, loss: Loss, backend: str | None = None, strategy: str | None = None) -> Tensor:
+def ours(
+    step: Step,
+    loss: Loss,
+    backend: str | None = None,
+    strategy: str | None = None,
+    gradient_noise: float = 0.0,
+) -> Tensor:
     if step.advantage is not None:
-        stats = tightrope.linear_vocab_stats(step.hidden, step.weight, step.target, backend=backend)
+        stats = tightrope.linear_vocab_stats(
+            step.hidden, step.weight, step.target, backend=backend, gradient_noise=gradient_noise
+        )
         bonus = ENTROPY_BONUS * (loss.balance > 0)
         return -(step.advantage * stats.target_log_prob + bonus * stats.entropy).sum() / step.normalizer
     target = step.target if step.probs is None else tightrope.TopKTarget(step.target, step.probs)
@@ -70,6 +79,21 @@ def ours(step: Step, loss: Loss, backend: str | None = None, strategy: str | Non
         reality=loss.reality,
         backend=backend,
         strategy=strategy,
+        gradient_noise=gradient_noise,
+    )
+
+
+def _sampled() -> Competitor:
+    """Ours with gradients that are noisy: by how much stands beside its time, as the errors of dh and dW."""
+
+    def refuses(case: Case, loss: Loss) -> str | None:
+        return None if case.device == "cpu" else "gradients are sampled on a CPU alone"
+
+    return Competitor(
+        f"tightrope sampled, noise {SAMPLED_NOISE:g}",
+        "tightrope",
+        lambda step, loss: ours(step, loss, gradient_noise=SAMPLED_NOISE),
+        refuses,
     )
 
 
@@ -205,6 +229,7 @@ def all_competitors() -> list[Competitor]:
     ]
     return [
         *mine,
+        _sampled(),
         Competitor("eager PyTorch", "torch", eager_loss, _eager_refuses, groups=EVERYWHERE),
         Competitor("torch.compile", "torch", _compiled, _compiled_refuses, fixed_memory=False),
         # Several times slower than the floor: on a CPU a run would take minutes more.

@@ -1,0 +1,79 @@
+"""Logits of bfloat16 tensors as they are: what the products in pairs give, and where they are taken."""
+
+import pytest
+import torch
+
+import tightrope
+from helpers import Problem, assert_within, class_indices, evaluate, function_of, oracle, randn
+from tightrope import backends
+from tightrope.backends import ops
+
+BF16 = torch.bfloat16
+CPU = torch.device("cpu")
+PRODUCTS = [
+    pytest.param(ops.pair_product, id="eager"),
+    pytest.param(
+        torch.ops.tightrope.pair_product,
+        id="cpu",
+        marks=pytest.mark.skipif(
+            backends.BACKENDS["cpu"].pair_product is None, reason="this CPU has no products of pairs"
+        ),
+    ),
+]
+
+
+def paired(b):
+    """[n, k] as the pairs of its transpose, [k / 2, n, 2]."""
+    return b.unflatten(1, (-1, 2)).transpose(0, 1).contiguous()
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("cols", [1, 17, 32, 100])
+@pytest.mark.parametrize("inner", [2, 30, 64, 578])
+def test_product(inner, cols, rows, product):
+    """A tail that is left out, a row that is read past its end, or a result that is rounded to bfloat16."""
+    wide = torch.full((rows, inner + 3), torch.nan, dtype=BF16)
+    a, b = wide[:, :inner].copy_(randn(rows, inner)), randn(cols, inner, seed=1, dtype=BF16)
+    out = torch.full((rows, cols), torch.nan)
+    product(a, paired(b), out)
+    exact = a.double() @ b.double().t()
+    size = a.double().norm(dim=1, keepdim=True) * b.double().norm(dim=1)
+    assert ((out - exact).abs() <= 4e-7 * size + 1e-30).all()
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_what_is_not_finite(product):
+    """NaN or inf of a row in another row's products."""
+    a, b = randn(70, 32, dtype=BF16), randn(9, 32, seed=1, dtype=BF16)
+    a[3, 5], a[66, 0], b[4, 1] = torch.nan, torch.inf, torch.nan
+    out = torch.empty(70, 9)
+    product(a, paired(b), out)
+    exact = a.double() @ b.double().t()
+    assert torch.equal(out.isnan(), exact.isnan())
+    assert torch.equal(out.isinf(), exact.isinf())
+
+
+@pytest.mark.parametrize("strategy", ["chunked", "streaming"])
+@pytest.mark.parametrize("width", [24, 25])
+@pytest.mark.parametrize("layout", ["contiguous", "rows apart", "transposed"])
+def test_loss(layout, width, strategy):
+    """An odd width or a head that lies otherwise taken for pairs; temperatures or ignored rows left out."""
+    rows, vocab = 40, 1500
+    weight = (randn(vocab, width, seed=1) * 3 / width**0.5).to(BF16)
+    if layout == "rows apart":
+        weight = torch.cat([weight, weight], 1)[:, :width]
+    elif layout == "transposed":
+        weight = weight.t().contiguous().t()
+    leaves = {"input": randn(rows, width, dtype=BF16), "weight": weight, "temperature": randn(rows).abs() + 1}
+    target = class_indices((rows,), vocab, ignored=0.3)
+    given = Problem(leaves, target, {"balance": 0.05, "strategy": strategy, "workspace_mb": 0.5})
+    exact, made = oracle(given), evaluate(function_of(given), given)
+    assert_within(made["loss"], exact["loss"], 1e-6)
+    for name, bound in (("input", 4e-3), ("weight", 4e-3), ("temperature", 1e-5)):
+        assert_within(made[name], exact[name], bound, what=name)
+    with torch.no_grad():
+        stats = tightrope.linear_vocab_stats(leaves["input"], weight, target)
+    z = leaves["input"].double() @ weight.double().t()
+    kept = target >= 0
+    assert_within(stats.lse[kept], z.logsumexp(-1)[kept], 1e-6)
