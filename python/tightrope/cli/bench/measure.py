@@ -48,10 +48,11 @@ class StepOf:
         leaves = step.hidden, step.weight
         value = self.loss_of(step, self.loss)
         gradients = torch.autograd.grad(value, leaves, create_graph=True)
+        value = value.detach()  # who takes products needs the loss's own graph no more
 
         def product() -> torch.Tensor:
             step.hidden.grad, step.weight.grad = torch.autograd.grad(gradients, leaves, step.direction)
-            return value.detach()
+            return value
 
         return product
 
