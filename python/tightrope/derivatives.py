@@ -44,6 +44,7 @@ from .theta import (
     of_summary,
     of_theta,
     other_tangents,
+    refuse_mixture,
     spread,
     statistics,
     upstream_of,
@@ -64,10 +65,6 @@ _MASSES_TWICE = (
     "tightrope: got a derivative of a gradient by a target's probabilities, or of these in forward mode, "
     "expected one of first order by backward; for that part of a loss take F.cross_entropy of logits"
 )
-_MIXED = (
-    'tightrope: got a derivative of a gradient, or a transform of torch.func, with reality="jensen_shannon", '
-    "expected gradients of first order by backward: its mixture moves with the student"
-)
 _SHARED = (
     "tightrope: got a derivative of a gradient, or forward mode, with vocab_parallel, expected gradients of "
     "first order where ranks hold the vocabulary together"
@@ -78,12 +75,6 @@ def refuse_shared(arguments: LogitsArguments) -> None:
     """Raise RuntimeError where ranks hold the vocabulary together."""
     if arguments.group is not None:
         raise RuntimeError(_SHARED)
-
-
-def _refuse_mixture(arguments: LogitsArguments) -> None:
-    """Raise RuntimeError where the target moves with what is differentiated."""
-    if arguments.teacher_form == "mixture":
-        raise RuntimeError(_MIXED)
 
 
 def _refuse_tangents_of_targets(tangents: tuple, weight: Tensor | None) -> None:
@@ -98,7 +89,7 @@ def pulled_back(
 
     flags: which of them are wanted; mass: whether those of the target's masses are.
     """
-    _refuse_mixture(arguments)
+    refuse_mixture(arguments)
     needed = of_theta(flags, values[1])
     name, guarded = mass_of(arguments), arguments
     if name is not None and differentiable():
@@ -122,7 +113,7 @@ class VocabStats(Function):
     @staticmethod
     def forward(input, weight, bias, *flat):
         arguments = group_of(weight)(*flat)
-        _refuse_mixture(arguments)
+        refuse_mixture(arguments)
         operator = ops.logits_stats if weight is None else ops.linear_stats
         summary, argmax = operator(*values_of(input, weight, bias), arguments)
         return *statistics(summary, argmax), summary

@@ -124,3 +124,13 @@ def mass_needed(ctx, after: int, arguments: LogitsArguments) -> bool:
     """Whether the gradient of a target's masses is wanted. after: how many arguments of apply come before."""
     name = mass_of(arguments)
     return name is not None and ctx.needs_input_grad[after + arguments._names.index(name)]
+
+
+def refuse_mixture(arguments: LogitsArguments) -> None:
+    """Raise RuntimeError where a target moves with what is differentiated."""
+    if arguments.teacher_form == "mixture":
+        raise RuntimeError(
+            "tightrope: got a derivative of a gradient, or a transform of torch.func, with "
+            'reality="jensen_shannon", expected gradients of first order by backward: its mixture moves with '
+            "the student"
+        )
