@@ -267,9 +267,9 @@ void column_grad(
         if (targets.dense != nullptr) {
           grad = grad + target_gradient(group.dense(targets, j), p, c);
         }
-        grad = grad + (any_logit_term
-                           ? Vec::blendv(logit_gradient(v, c), c.constant, of.no_logit_term)
-                           : c.constant);
+        grad =
+            grad + (any_logit_term ? Vec::blendv(logit_gradient(v, c), c.constant, of.no_logit_term)
+                                   : c.constant);
         grad.store(g + group.begin);
       }
       singles.for_column(j, [&](const typename Singles<T>::Entry& entry) {

@@ -163,8 +163,7 @@ ColumnSums<T> make_column_sums(
       sums.dim() == 2 && shape[0] == ranks + 1 && shape[1] == cols && has_adjacent_entries(sums),
       "sums has shape ", shape, " and strides ", sums.strides(), ", expected [", ranks + 1, ", ",
       cols, "], adjacent along the second");
-  TORCH_CHECK_TYPE(
-      sums.scalar_type() == type, "sums is ", sums.scalar_type(), ", expected ", type);
+  TORCH_CHECK_TYPE(sums.scalar_type() == type, "sums is ", sums.scalar_type(), ", expected ", type);
   return {
       along.const_data_ptr<T>(), ranks, static_cast<T>(scale), sums.data_ptr<T>(), sums.stride(0)};
 }
@@ -242,7 +241,8 @@ void column_sums_op(const Tensor& grad, const Tensor& along, double scale, Tenso
   const int64_t rows = grad.size(0), cols = grad.size(1);
   const bool transposed = !has_adjacent_entries(grad);
   TORCH_CHECK_VALUE(
-      !transposed || has_adjacent_rows(grad), "grad has strides ", grad.strides(), ", expected a 1");
+      !transposed || has_adjacent_rows(grad), "grad has strides ", grad.strides(),
+      ", expected a 1");
   AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "tightrope::column_sums", [&] {
     const auto kernel = transposed ? sum_of_columns<scalar_t> : sum_of_rows<scalar_t>;
     kernel(
