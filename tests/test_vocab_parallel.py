@@ -101,7 +101,7 @@ def cut_otherwise(rank: int) -> str:
     if rank == 1:
         target = replace(target, weight=target.weight[1:], bias=target.bias[1:])
     head, parallels = (part["input"], part["weight"], target, part["bias"]), parallel(trial, rank)
-    with pytest.raises(ValueError, match=r"target.weight: got shape") as raised:
+    with pytest.raises(ValueError, match="target.weight: got shape") as raised:
         tightrope.linear_reality_creativity_loss(*head, vocab_parallel=parallels)
     return str(raised.value)
 
@@ -247,6 +247,36 @@ def test_gradient_of_replicated_hidden_states_is_whole(ranks):
     """Would catch a dh that is of a rank's classes alone where nothing after it sums (verl, SkyRL 1886)."""
     for error, size in ranks(2).run(hidden_gradients):
         assert error <= 1e-12 * size
+
+
+def sampled(rank: int, rows: str, strategy: str) -> dict[str, list[float]]:
+    """Errors of the gradients, over their norms, of four draws."""
+    trial = Trial(
+        (1200, 803),
+        vocab=2003,
+        rows=rows,
+        tokens=(50, 30) if rows == "sharded" else (80,),
+        hostile="peaked",
+        options={"strategy": strategy, "workspace_mb": 0.5},
+    )
+    noisy = replace(trial, options={**trial.options, "gradient_noise": 0.05})
+    torch.manual_seed(rank)
+    exact, draws = on_rank(trial, rank), [on_rank(noisy, rank) for _ in range(4)]
+
+    def errors(name: str) -> list[float]:
+        return [((draw[name] - exact[name]).norm() / exact[name].norm()).item() for draw in draws]
+
+    return {name: errors(name) for name in ("loss", "input", "weight", "bias")}
+
+
+@both
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sampled_gradients(ranks, rows, strategy):
+    """Would catch a part of low rank that one rank alone adds, or a draw that another rank waits for."""
+    for errors in ranks(2).run(sampled, rows, strategy):
+        for name in ("input", "weight"):
+            assert all(0 < error <= 0.1 for error in errors[name]), name
+        assert max(errors["loss"] + errors["bias"]) <= 1e-12
 
 
 def by_module(rank: int, rows: str) -> list[bool]:
