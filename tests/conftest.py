@@ -7,6 +7,10 @@ from zlib import crc32
 # Idle threads sleep instead of spinning: on a busy machine spinning makes tiny loops a hundred times
 # slower. OpenMP reads it when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Processes that pytest-xdist starts share the cores, and so do their children: teams of threads that want all
+# of them would wait for each other. A test of threads says how many it takes.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import pytest
 import torch
@@ -87,6 +91,14 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "fox.txt"
     path.write_text(TEXT, encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def not_measured(monkeypatch):
+    """`tightrope train` without the process that measures the loss, which takes most of a tiny run."""
+    from tightrope.cli import probe
+
+    monkeypatch.setattr(probe, "measure", lambda *_: [])
 
 
 @pytest.fixture

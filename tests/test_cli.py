@@ -293,7 +293,7 @@ def test_a_mode_without_a_name_is_called_by_its_balance():
     assert named_share("bold=0.1") == ("bold", 0.1)
 
 
-def test_the_loss_is_made_of_its_terms(capsys, tiny, text, tmp_path):
+def test_the_loss_is_made_of_its_terms(capsys, not_measured, tiny, text, tmp_path):
     """A balance of another mode; a term that is not the one asked for; a --min-p that does not arrive."""
     # At balance 0 a step's loss is its cross-entropy; of the most likely class alone the entropy is 0.
     plain, halved = tmp_path / "plain", tmp_path / "halved"
@@ -312,7 +312,7 @@ def test_the_loss_is_made_of_its_terms(capsys, tiny, text, tmp_path):
         assert squared == pytest.approx(0.5, abs=0.02)
 
 
-def test_same_seed_gives_the_same_numbers(capsys, tiny, text, tmp_path):
+def test_same_seed_gives_the_same_numbers(capsys, not_measured, tiny, text, tmp_path):
     def numbers(name, seed):
         out = tmp_path / name
         assert run(capsys, *small_run(tiny, text, out, seed=seed))[0] == 0

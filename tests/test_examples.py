@@ -14,6 +14,7 @@ from helpers import ROOT, child_environment
 from tiny_models import TEXT, TRAIN_EXTRA, save_tiny
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("processes", [2, 3])
 def test_distributed_training(tmp_path, processes):
     """Would catch a way of sharing the work whose losses part from one process's; or a hang, by the limit."""

@@ -19,15 +19,7 @@ for name in TRAIN_EXTRA:
 
 KINDS = ("lora", "blocks", "all")
 # Of tiny models, beside another process of tests: teams of threads would take ten times as long.
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _not_measured(monkeypatch):
-    """A process of its own for every run, whose figures test_cli.py looks at."""
-    from tightrope.cli import probe
-
-    monkeypatch.setattr(probe, "measure", lambda *_: [])
+pytestmark = pytest.mark.usefixtures("one_thread", "not_measured")
 
 
 @pytest.fixture(scope="module")

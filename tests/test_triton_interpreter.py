@@ -19,9 +19,12 @@ MODULES = [f"test_triton_{name}.py" for name in ("rows", "sides", "stream", "api
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("module", MODULES)
-def test_in_the_interpreter(module):
+def test_in_the_interpreter(module, pytestconfig):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / module)]
+    if pytestconfig.getoption("--every-case"):
+        command.append("--every-case")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / module)],
+        command,
         cwd=HERE.parent,
         env=child_environment(TRITON_INTERPRET="1"),
         capture_output=True,

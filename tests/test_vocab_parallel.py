@@ -101,7 +101,7 @@ def cut_otherwise(rank: int) -> str:
     if rank == 1:
         target = replace(target, weight=target.weight[1:], bias=target.bias[1:])
     head, parallels = (part["input"], part["weight"], target, part["bias"]), parallel(trial, rank)
-    with pytest.raises(ValueError, match="target.weight: got shape") as raised:
+    with pytest.raises(ValueError, match=r"target.weight: got shape") as raised:
         tightrope.linear_reality_creativity_loss(*head, vocab_parallel=parallels)
     return str(raised.value)
 
