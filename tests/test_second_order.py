@@ -12,6 +12,7 @@ from calls import CALLS, every_call, every_loss
 from helpers import STRATEGIES, assert_no_worse, assert_within, class_indices, randn
 from tightrope import reference
 from tightrope.strategies import chunked, gemm, problem, streaming, tangents
+from tightrope.strategies import products as tiles_of_products
 
 # PyTorch's own: forward mode and the compiler use what it deprecates; backward(create_graph=True) may leak.
 pytestmark = [
@@ -214,7 +215,7 @@ def test_products_of_a_chunked_loss(monkeypatch, call, creativity, workspace_mb,
         return multiply(a, b, out, **others)
 
     multiply = gemm.multiply
-    for module in (chunked, problem, streaming, tangents):
+    for module in (chunked, problem, tiles_of_products, streaming, tangents):
         monkeypatch.setattr(module, "multiply", counted)
     loss = function(hidden, weight, target, strategy="chunked", workspace_mb=workspace_mb, **options)
     gradients = torch.autograd.grad(loss, (hidden, weight), create_graph=True)

@@ -22,7 +22,7 @@ from .statistics import RowStats
 from .strategies import ops, own, row_losses, soft, soft_ops
 from .strategies.products import Needs
 from .targets import Target
-from .theta import constants, fields_of, mass_needed, of_arguments, statistics, upstream_of
+from .theta import constants, fields_of, mass_needed, of_arguments, refuse_mixture, statistics, upstream_of
 
 
 def _wanted(gradients, needed) -> tuple[Tensor | None, ...]:
@@ -213,6 +213,7 @@ def _gradients(ctx, needed: tuple[bool, ...], upstream: Tensor) -> tuple[Tensor 
         return _scale(known, ctx.dtypes, upstream, kept=True)
     if torch.is_grad_enabled():
         ctx.recipe.check_unchanged()
+        refuse_mixture(ctx.recipe.arguments)
         if transformed() or not has_values(upstream):
             return gradients_by_statistics(ctx.recipe, upstream, Sources.of(sources), needed)[0]
         return LossGradient.apply(ctx.recipe, upstream, summary, argmax, *known, *sources)

@@ -138,7 +138,7 @@ def _at_once(
     )
     direction, needs = Direction(*along.theta), Needs(*wanted[1].theta)
     problem = tangent_ops.moving_problem(*theta, arguments)
-    gradients = row_losses.curvature(problem, summary, loss, direction, needs, arguments.workspace)
+    gradients = row_losses.curvature(problem, summary, loss, direction, needs, arguments.budget)
     return loss.to_scale, *loss.to_rows[: len(sources.of_rows)], *gradients.flat()
 
 

@@ -372,8 +372,8 @@ def row_stats(summary: Tensor, argmax: Tensor) -> RowStats:
 
 
 def fields(with_set: bool, with_teacher: bool) -> tuple[str, ...]:
-    """The fields of `RowStats` that there are, in its order."""
-    absent = (() if with_set else OF_SUPPORT) + (() if with_teacher else OF_TEACHER)
+    """The fields of `RowStats` that each row has, in its order."""
+    absent = (() if with_set else OF_SUPPORT) + (() if with_teacher else OF_TEACHER) + OF_CALL
     return tuple(name for name in RowStats._fields if name not in absent)
 
 

@@ -221,7 +221,9 @@ class Sampler:
         self.finish()
         gradients = self.sampled.to_input, self.sampled.to_weight
         noise = [
-            math.sqrt(variance) / norm if variance and (norm := self._norm(gradient)) else 0.0
+            math.sqrt(variance) / norm
+            if gradient is not None and variance and (norm := self._norm(gradient))
+            else 0.0
             for variance, gradient in zip(self.variance, gradients)
         ]
         share = self.multiplied / self.entries if self.entries else 1.0
