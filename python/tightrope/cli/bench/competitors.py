@@ -22,6 +22,7 @@ from .inputs import IGNORE_INDEX, Step
 from .truth import ENTROPY_BONUS, eager_loss
 
 LossOf = Callable[[Step, Loss], Tensor]
+HAS_CHUNKED_TORCH = hasattr(torch.nn.functional, "linear_cross_entropy")
 AUTO_CHUNKED = "torch.compile, auto-chunked"
 SHAPES = ("large shape", "shapes")
 WITHOUT_SWEEPS = (*SHAPES, "real shape", "scenarios")
@@ -187,8 +188,13 @@ def _peer(
     per_token: bool = False,
     fixed_memory: bool = True,
     groups: tuple[str, ...] = WITHOUT_SWEEPS,
+    missing: str | None = None,
 ) -> Competitor:
+    """missing: what this version of the package has not, though it is installed."""
+
     def refuses(case: Case, loss: Loss) -> str | None:
+        if missing is not None:
+            return missing
         if case.device not in devices:
             return f"runs on {' and '.join(devices)}"
         if importlib.util.find_spec(module.split(".")[0]) is None:
@@ -217,7 +223,14 @@ def all_competitors() -> list[Competitor]:
         Competitor("torch.compile", "torch", _compiled, _eager_refuses, fixed_memory=False),
         Competitor(AUTO_CHUNKED, "torch", _compiled_in_chunks, _chunker_refuses, fixed_memory=False),
         # Several times slower than the floor: on a CPU a run would take minutes more.
-        _peer("F.linear_cross_entropy", "torch", "torch", _chunked_torch, groups=SHAPES),
+        _peer(
+            "F.linear_cross_entropy",
+            "torch",
+            "torch",
+            _chunked_torch,
+            groups=SHAPES,
+            missing=None if HAS_CHUNKED_TORCH else f"torch {torch.__version__} has none",
+        ),
         _peer(
             "cut-cross-entropy",
             "cut-cross-entropy",
