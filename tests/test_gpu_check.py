@@ -496,6 +496,18 @@ def test_every_smoke_call_runs(predicted):
         assert smoke.check(call, "cpu")["ok"], call.name
 
 
+def test_the_children_need_torch_alone():
+    """Fails if a child imports a package that a machine with torch, Triton and pytest need not have."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('psutil', 'rich', 'matplotlib', 'transformers')));"
+        "import gpu_check.smoke, gpu_check.speed, gpu_check.kernels, gpu_check.judge"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_a_smoke_call_that_is_wrong():
     """Fails if a wrong gradient, a NaN, or an exception passes."""
     from gpu_check import smoke
