@@ -1,7 +1,6 @@
 """What ``make gpu-check`` makes of what its stages print: on output as the tools print it, without a GPU."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from helpers import child_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -502,9 +503,8 @@ def test_the_children_need_torch_alone():
         "import sys; sys.modules.update(dict.fromkeys(('psutil', 'rich', 'matplotlib', 'transformers')));"
         "import gpu_check.smoke, gpu_check.speed, gpu_check.kernels, gpu_check.judge"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
     command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -533,10 +533,9 @@ def test_every_kernel_is_launched_by_the_small_run():
         "from gpu_check import kernels; kernels.DEVICE = 'cpu'; kernels.VOCAB, kernels.ROWS = 100, 3;"
         "kernels.WIDTH = 16; kernels.main()"
     )
-    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "benchmarks"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
-        env=os.environ | environment,
+        env=child_environment(TRITON_INTERPRET="1", OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
         timeout=300,
