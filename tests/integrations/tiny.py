@@ -70,7 +70,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def largest_allocation(step: Callable[[], object]) -> int:
     """Bytes of the largest block of memory that step() takes, in any thread or kernel."""
-    with profile(profile_memory=True) as record:
+    with profile(profile_memory=True, acc_events=True) as record:
         step()
     events = record.profiler.kineto_results.events()
     return max(event.nbytes() for event in events if event.name() == "[memory]")

@@ -97,7 +97,7 @@ def history(trainer):
 def largest_allocation(step) -> int:
     """Bytes of the largest block of memory that step() takes, in any thread or kernel."""
     workspace.release()
-    with profile(profile_memory=True) as record:
+    with profile(profile_memory=True, acc_events=True) as record:
         step()
     events = record.profiler.kineto_results.events()
     return max(event.nbytes() for event in events if event.name() == "[memory]")

@@ -12,7 +12,7 @@ launch over whole rows makes statistics and gradient, and each logit is read onc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,18 +20,19 @@ from torch import Tensor
 from ..coefficients import row_coefficients
 from ..distributed.exchange import Reduction
 from ..statistics import RowStats, StatGrads, norm_rows, row_stats
+from ..targets import Target
 from . import plan
 from .gemm import headroom, multiply
 from .problem import Chunk, ColumnSums, LinearProblem
-from .products import Gradients, Needs, multiply_tiles
+from .products import Gradients, Needs, Tile, multiply_tiles
 from .sampled import Sampler, in_full
 from .workspace import borrow
 
 # (statistics of a chunk's rows, the chunk) -> (loss of each row [n], upstream gradients of the statistics,
 # gradients of the loss's per-row arguments, [n, ...] each). Gradients include the weight of the row.
 Upstream = Callable[[RowStats, Chunk], tuple[Tensor, StatGrads, tuple[Tensor | None, ...]]]
-# The upstream gradients of a chunk's statistics as functions of these: [UPSTREAM, n] (`RowUpstream`).
-Ahead = Callable[[Chunk], Tensor]
+# The upstream gradients of some rows' statistics as functions of these: [UPSTREAM, n] (`RowUpstream`).
+Ahead = Callable[[slice | Tensor], Tensor]
 
 
 def side_by_side(hidden_grad: Tensor | None, to_rows: Tensor | None) -> Tensor | None:
@@ -155,16 +156,13 @@ def loss_and_gradients(
     record, gradients = Record(problem), Gradients.unwritten(problem, needs, len(how.chunks))
     reductions, sampler = Reductions(gradients), Sampler.of(problem, needs, gradients)
     with borrow(how.elements, problem.dtype, problem.device) as memory:
+        if how.fused:
+            every, summary, argmax = _fused(problem, how, memory, ahead, gradients)
+            record.add(every, summary, argmax, upstream)
+            return record, gradients, in_full(problem)
         for start, stop in how.chunks:
             own = problem.chunk(start, stop)
             chunk, hidden = own.step.spread(problem, own)
-            if how.fused:
-                logits = memory[: chunk.size * how.stride].view(chunk.size, how.stride)
-                logits = logits[:, : problem.columns]
-                summary, argmax, grads = _fused(problem, chunk, hidden, logits, ahead(chunk))
-                record.add(own, summary, argmax, upstream)
-                multiply_tiles(problem, chunk, hidden, grads, None, gradients)
-                continue
             summary, argmax = chunk_statistics(problem, own, chunk, hidden, memory)
             stat_grads = record.add(own, summary, argmax, upstream)
             coef = row_coefficients(summary, stat_grads, problem.vocab_size)
@@ -176,16 +174,31 @@ def loss_and_gradients(
 
 
 def _fused(
-    problem: LinearProblem, chunk: Chunk, hidden: Tensor, logits: Tensor, ahead: Tensor
-) -> tuple[Tensor, Tensor, Iterable[Tensor]]:
-    """Summary and argmax of a chunk and the gradients of each tile, by way of logits [n, V]."""
-    tiles = problem.tiles(chunk.size)
-    for tile in tiles:
-        multiply(hidden, problem.head(*tile).t(), logits[:, tile[0] : tile[1]], rows="m")
-    partial, argmax = problem.new_partial(chunk.size)
-    gradient = problem.row_loss_grad(logits, partial, argmax, ahead, chunk)
-    summary, argmax = problem.summarise(partial, argmax, chunk, chunk)
-    return summary, argmax, (gradient[:, start:stop] for start, stop in tiles)
+    problem: LinearProblem, how: Plan, memory: Tensor, ahead: Ahead, gradients: Gradients
+) -> tuple[Chunk, Tensor, Tensor]:
+    """Add what every chunk contributes to the gradients; gives all rows as a chunk, their summary and argmax.
+
+    A chunk is three products and one launch. What is a number a row is made once for all of them: a launch
+    for some thousand rows takes a GPU as long as one for all.
+    """
+    # The statistics of all rows need no copy of a top-k target's entries.
+    whole = problem if problem.target.topk_index is None else replace(problem, target=Target())
+    every = whole.chunk(0, problem.rows.count)
+    upstream, partials = ahead(every.where), []
+    for start, stop in how.chunks:
+        chunk = problem.chunk(start, stop)
+        hidden = problem.hidden(chunk)
+        logits = memory[: chunk.size * how.stride].view(chunk.size, how.stride)[:, : problem.columns]
+        tiles = problem.wide_tiles(chunk.size)
+        for tile in tiles:
+            multiply(hidden, problem.head(*tile).t(), logits[:, tile[0] : tile[1]], rows="m")
+        partial = problem.new_partial(chunk.size)
+        grad = problem.row_loss_grad(logits, *partial, upstream[:, start:stop].contiguous(), chunk)
+        partials.append(partial)
+        parts = ((tile, grad[:, tile[0] : tile[1]]) for tile in tiles)
+        multiply_tiles(problem, chunk, hidden, parts, None, gradients)
+    partial, argmax = (torch.cat(parts, -1) for parts in zip(*partials))
+    return every, *problem.summarise(partial, argmax, every, every)
 
 
 def chunk_statistics(
@@ -232,10 +245,10 @@ def chunk_gradients(
     coef, undo = headroom(coef, problem.operand)
     form = problem.form(chunk, norm, coef, to_rows)
 
-    def made(sums: ColumnSums | None = None) -> Iterable[Tensor]:
+    def made(sums: ColumnSums | None = None) -> Iterable[tuple[Tile, Tensor]]:
         for tile in problem.tiles(chunk.size):
             raw = problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0])
-            yield problem.row_grad(raw, form, chunk, tile, sums)
+            yield tile, problem.row_grad(raw, form, chunk, tile, sums)
 
     if sampler is None:
         hidden_grad = multiply_tiles(problem, chunk, hidden, made(), undo, gradients)

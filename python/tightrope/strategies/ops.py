@@ -184,8 +184,8 @@ def _linear_loss(
     problem = linear_problem(input, weight, bias, arguments)
     upstream = _upstream(family, row_scale, balance, target_square)
 
-    def ahead(chunk):
-        return family.upstream(balance[chunk.where], row_scale[chunk.where])
+    def ahead(where):
+        return family.upstream(balance[where], row_scale[where])
 
     with exact_products(input.device):
         record, gradients, sampling = chunked.loss_and_gradients(

@@ -293,6 +293,10 @@ class LinearProblem(_Scored):
         converted = self.weight.shape[1] if self.weight.dtype != self.operand else 0
         return plan.spans(self.columns, plan.tile_width(rows, self.device, converted), multiple=16)
 
+    def wide_tiles(self, rows: int) -> list[tuple[int, int]]:
+        """The same where a tile needs no memory beside its logits: one, unless its head is converted."""
+        return [(0, self.columns)] if self.weight.dtype == self.operand else self.tiles(rows)
+
     def hidden(self, chunk: Chunk) -> Tensor:
         """The chunk's hidden states [size, D]; zeros where a row does not count: no NaN leaks from it."""
         return self.operands(self.input[chunk.where], chunk.active)

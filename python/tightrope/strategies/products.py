@@ -15,6 +15,8 @@ from ..arguments import Arguments, group
 from .gemm import multiply
 from .problem import Chunk, LinearProblem
 
+Tile = tuple[int, int]
+
 
 @group
 class Needs(Arguments):
@@ -63,11 +65,11 @@ def multiply_tiles(
     problem: LinearProblem,
     chunk: Chunk,
     hidden: Tensor,
-    grads: Iterable[Tensor],
+    grads: Iterable[tuple[Tile, Tensor]],
     undo: Tensor | None,
     gradients: Gradients,
 ) -> Tensor | None:
-    """Add what the gradients of the chunk's logits, tile by tile, contribute to the gradients wanted.
+    """Add what the gradients of the chunk's logits, each of a tile, contribute to the gradients wanted.
 
     undo: what undoes the scale of grads, if they have one. Where the vocabulary is shared by ranks the
     gradient of the hidden states is not put in its place yet: it is given, [m, D].
@@ -77,7 +79,7 @@ def multiply_tiles(
     if to_input is not None:
         make = torch.empty_like if problem.columns else torch.zeros_like
         hidden_grad = to_input[chunk.where] if in_place else make(hidden, dtype=problem.dtype)
-    for tile, grad in zip(problem.tiles(chunk.size), grads):
+    for tile, grad in grads:
         if to_input is not None:
             multiply(grad, problem.head(*tile), hidden_grad, rows="m", accumulate=tile[0] > 0)
         if to_weight is not None:

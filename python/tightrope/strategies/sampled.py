@@ -28,7 +28,7 @@ from ..coefficients import RowCoefficients
 from .gemm import multiply
 from .plan import spans
 from .problem import Chunk, ColumnSums, Form, LinearProblem
-from .products import Gradients, Needs, multiply_tiles
+from .products import Gradients, Needs, Tile, multiply_tiles
 from .sampling import Columns, Draw, Pilot, importance
 
 # Columns that are gathered at a time: in a CPU's cache, with the rows of the head that are theirs.
@@ -97,7 +97,7 @@ class Sampler:
         hidden: Tensor,
         memory: Tensor,
         form: Form,
-        made: Callable[[ColumnSums], Iterable[Tensor]],
+        made: Callable[[ColumnSums], Iterable[tuple[Tile, Tensor]]],
     ) -> Tensor | None:
         """As `multiply_tiles`. made: makes the gradients in memory, tile by tile, and their sums."""
         problem, tiles = self.problem, self.problem.tiles(chunk.size)
@@ -115,7 +115,7 @@ class Sampler:
         self.entries += size
         if draw is None:
             self.multiplied += size
-            again = (gradient.gradient[:, start:stop] for start, stop in tiles)
+            again = ((tile, gradient.gradient[:, slice(*tile)]) for tile in tiles)
             full = multiply_tiles(problem, chunk, hidden, again, None, self.sampled)
             return exact_grad if full is None else full
         if self.sampled.to_weight is not None and chunk.first:

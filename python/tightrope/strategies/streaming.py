@@ -120,8 +120,13 @@ def gradients(
         make = torch.empty_like if blocks else torch.zeros_like
         weight_grad = make(problem.weight, memory_format=torch.contiguous_format)
         weight_grad[problem.columns :] = 0.0  # padding
-    # Where dW is not rounded it is summed where it is to stand.
+    # Where dW is not rounded it is summed where it is to stand; else all tiles have one memory.
     rounds = problem.weight.dtype != dtype
+    weight_sums = None
+    if needs.weight_grad and rounds:
+        weight_sums = problem.weight.new_empty(
+            (largest(tiles, [(0, 1)]), problem.weight.shape[1]), dtype=dtype
+        )
     bias_grad = torch.zeros_like(problem.bias) if needs.bias_grad else None
     hidden_sum = None
     if needs.input_grad:
@@ -145,8 +150,8 @@ def gradients(
             head, place = problem.head(*tile), slice(*tile)
             weight_sum = None
             if needs.weight_grad:
-                weight_sum = torch.empty_like(head, dtype=dtype) if rounds else weight_grad[place]
-            bias_sum = head.new_zeros(head.shape[0], dtype=dtype)
+                weight_sum = weight_sums[: len(head)] if rounds else weight_grad[place]
+            bias_sum = head.new_zeros(head.shape[0], dtype=dtype) if needs.bias_grad else None
             for i, (chunk, (start, stop)) in enumerate(zip(chunks, blocks)):
                 hidden = kept[i] if kept else problem.hidden(chunk)
                 grad = _gradient(problem, hidden, head, flat, forms[i], chunk, tile)

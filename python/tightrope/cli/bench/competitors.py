@@ -22,6 +22,8 @@ from .inputs import IGNORE_INDEX, Step
 from .truth import ENTROPY_BONUS, eager_loss
 
 LossOf = Callable[[Step, Loss], Tensor]
+HAS_CHUNKED_TORCH = hasattr(torch.nn.functional, "linear_cross_entropy")
+AUTO_CHUNKED = "torch.compile, auto-chunked"
 SHAPES = ("large shape", "shapes")
 WITHOUT_SWEEPS = (*SHAPES, "real shape", "scenarios")
 EVERYWHERE = (*WITHOUT_SWEEPS, "against V", "against N")
@@ -55,17 +57,10 @@ class Competitor:
         return importlib.metadata.version(self.package)
 
 
-def ours(
-    step: Step,
-    loss: Loss,
-    backend: str | None = None,
-    strategy: str | None = None,
-    gradient_noise: float = 0.0,
-) -> Tensor:
+def ours(step: Step, loss: Loss, **options: object) -> Tensor:
+    """options: of the function of Tightrope that the step asks for."""
     if step.advantage is not None:
-        stats = tightrope.linear_vocab_stats(
-            step.hidden, step.weight, step.target, backend=backend, gradient_noise=gradient_noise
-        )
+        stats = tightrope.linear_vocab_stats(step.hidden, step.weight, step.target, **options)
         bonus = ENTROPY_BONUS * (loss.balance > 0)
         return -(step.advantage * stats.target_log_prob + bonus * stats.entropy).sum() / step.normalizer
     target = step.target if step.probs is None else tightrope.TopKTarget(step.target, step.probs)
@@ -77,9 +72,7 @@ def ours(
         target,
         balance=loss.balance,
         reality=loss.reality,
-        backend=backend,
-        strategy=strategy,
-        gradient_noise=gradient_noise,
+        **options,
     )
 
 
@@ -107,10 +100,14 @@ def _ours(backend: str, devices: list[str], available: bool, strategy: str) -> C
             return "upstream gradients of each token are known only in the backward pass: streaming"
         return None
 
+    def of_step(step: Step, loss: Loss) -> Tensor:
+        options = {} if step.advantage is not None else {"strategy": strategy}
+        return ours(step, loss, backend=backend, **options)
+
     return Competitor(
         f"tightrope {strategy} [{backend}]",
         "tightrope",
-        lambda step, loss: ours(step, loss, backend, strategy if step.advantage is None else None),
+        of_step,
         refuses,
         groups=EVERYWHERE if backend != "eager" else ("shapes",),
     )
@@ -123,6 +120,20 @@ def _compile(function: LossOf) -> LossOf:
 
 def _compiled(step: Step, loss: Loss) -> Tensor:
     return _compile(eager_loss)(step, loss)
+
+
+@functools.cache
+def _compile_chunked() -> LossOf:
+    return torch.compile(eager_loss, dynamic=False, fullgraph=True, options={"auto_chunker.enable": True})
+
+
+def _compiled_in_chunks(step: Step, loss: Loss) -> Tensor:
+    return _compile_chunked()(step, loss)
+
+
+def _chunker_refuses(case: Case, loss: Loss) -> str | None:
+    """On a CPU a run would take minutes more."""
+    return _eager_refuses(case, loss) if case.device == "cuda" else "runs on cuda"
 
 
 def _eager_refuses(case: Case, loss: Loss) -> str | None:
@@ -199,8 +210,13 @@ def _peer(
     per_token: bool = False,
     fixed_memory: bool = True,
     groups: tuple[str, ...] = WITHOUT_SWEEPS,
+    missing: str | None = None,
 ) -> Competitor:
+    """missing: what this version of the package has not, though it is installed."""
+
     def refuses(case: Case, loss: Loss) -> str | None:
+        if missing is not None:
+            return missing
         if case.device not in devices:
             return f"runs on {' and '.join(devices)}"
         if importlib.util.find_spec(module.split(".")[0]) is None:
@@ -232,8 +248,16 @@ def all_competitors() -> list[Competitor]:
         _sampled(),
         Competitor("eager PyTorch", "torch", eager_loss, _eager_refuses, groups=EVERYWHERE),
         Competitor("torch.compile", "torch", _compiled, _compiled_refuses, fixed_memory=False),
+        Competitor(AUTO_CHUNKED, "torch", _compiled_in_chunks, _chunker_refuses, fixed_memory=False),
         # Several times slower than the floor: on a CPU a run would take minutes more.
-        _peer("F.linear_cross_entropy", "torch", "torch", _chunked_torch, groups=SHAPES),
+        _peer(
+            "F.linear_cross_entropy",
+            "torch",
+            "torch",
+            _chunked_torch,
+            groups=SHAPES,
+            missing=None if HAS_CHUNKED_TORCH else f"torch {torch.__version__} has none",
+        ),
         _peer(
             "cut-cross-entropy",
             "cut-cross-entropy",

@@ -62,39 +62,38 @@ class Step:
 
 def make_step(case: Case) -> Step:
     """The tensors of a case, the same each time, on its device and in its dtype."""
-    generator = torch.Generator().manual_seed(0)
+    # On a GPU a head of half a billion random entries takes no time.
+    generator = torch.Generator(case.device).manual_seed(0)
+    here = {"generator": generator, "device": case.device}
     if case.inputs == "real":
         hidden, weight, target = _real(case)
     else:
-        hidden = torch.randn(case.rows, case.dim, generator=generator)
-        weight = torch.randn(case.vocab, case.dim, generator=generator).mul_(case.dim**-0.5)
-        target = torch.randint(case.vocab, (case.rows,), generator=generator)
+        hidden = torch.randn(case.rows, case.dim, **here)
+        weight = torch.randn(case.vocab, case.dim, **here).mul_(case.dim**-0.5)
+        target = torch.randint(case.vocab, (case.rows,), **here)
     probs = advantage = direction = teacher = None
     if case.scenario == "sft":
-        target = target.masked_fill(torch.rand(case.rows, generator=generator) < IGNORED_SHARE, IGNORE_INDEX)
+        target = target.masked_fill(torch.rand(case.rows, **here) < IGNORED_SHARE, IGNORE_INDEX)
     elif case.scenario == "distillation":
         entries = min(TEACHER_ENTRIES, case.vocab)
         largest = torch.softmax(hidden @ weight.T / TEACHER_TEMPERATURE, -1).topk(entries)
         target, probs = largest.indices, largest.values / largest.values.sum(-1, keepdim=True)
     elif case.scenario == "teacher":
         # It sees what the student sees, and as much more.
-        more = torch.randn(hidden.shape, generator=generator)
-        more_weight = torch.randn(weight.shape, generator=generator).mul_(case.dim**-0.5)
+        more = torch.randn(hidden.shape, **here)
+        more_weight = torch.randn(weight.shape, **here).mul_(case.dim**-0.5)
         teacher = torch.cat([hidden, more], 1), torch.cat([weight, more_weight], 1)
-        teacher = tuple(t.to(case.device, DTYPES[case.dtype]) for t in teacher)
+        teacher = tuple(t.to(DTYPES[case.dtype]) for t in teacher)
     elif case.scenario == "rl":
-        advantage = torch.randn(case.rows, generator=generator).to(case.device)
+        advantage = torch.randn(case.rows, **here)
     dtype = DTYPES[case.dtype]
     if case.scenario == "curvature":
-        direction = tuple(
-            (torch.randn(x.shape, generator=generator) * x.std()).to(case.device, dtype)
-            for x in (hidden, weight)
-        )
+        direction = tuple((torch.randn(x.shape, **here) * x.std()).to(dtype) for x in (hidden, weight))
     return Step(
-        hidden.to(case.device, dtype).requires_grad_(),
-        weight.to(case.device, dtype).requires_grad_(case.scenario != "lora"),
-        target.to(case.device),
-        None if probs is None else probs.to(case.device),
+        hidden.to(dtype).requires_grad_(),
+        weight.to(dtype).requires_grad_(case.scenario != "lora"),
+        target,
+        probs,
         advantage,
         max(1, case.rows if probs is not None else int((target != IGNORE_INDEX).sum())),
         direction,
@@ -104,7 +103,8 @@ def make_step(case: Case) -> Step:
 
 def _real(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     stored = torch.load(real_inputs())
-    return stored["hidden"][: case.rows].clone(), stored["weight"], stored["target"][: case.rows].clone()
+    hidden, target = stored["hidden"][: case.rows].clone(), stored["target"][: case.rows].clone()
+    return hidden.to(case.device), stored["weight"].to(case.device), target.to(case.device)
 
 
 def cache_file() -> Path:

@@ -18,7 +18,6 @@ from typing import TypeVar
 
 import torch
 
-from ..probe import peak_bytes
 from .cases import Case, Loss
 from .competitors import Competitor, LossOf, all_competitors, ours
 from .figures import rounds_for, summary
@@ -103,6 +102,8 @@ def first_step(step: Step, competitor: Competitor, loss: Loss, case: Case) -> tu
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before - case.gradient_bytes, value
+    from ..probe import peak_bytes  # needs psutil, which a GPU's figures do not
+
     if competitor.fixed_memory:
         step_of(competitor.loss, small_step(case), loss)
     else:

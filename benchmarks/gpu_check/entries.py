@@ -1,0 +1,102 @@
+"""What is timed at each shape, and what each step is made of: a table, in the order of what it tells.
+
+A line says who computes the loss (Tightrope with some options, or a competitor of ``tightrope bench``), in
+which of its scenarios, and the phases from which `predictions` reckons its time. To add one is to add a
+line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from roofline import ITEM, Phase, phases
+from tightrope.cli.bench import competitors
+from tightrope.cli.bench.cases import GPU_SHAPES, IGNORED_SHARE, Case
+from tightrope.cli.bench.competitors import Competitor
+
+LLAMA, QWEN, LARGEST = (
+    next(case for case in GPU_SHAPES if case.name == name) for name in ("llama3-8b", "qwen3-8b", "qwen3.5-2b")
+)
+SHAPES = tuple(
+    replace(case, dtype="bfloat16", device="cuda")
+    for case in (LLAMA, QWEN, replace(LLAMA, name="llama3-8b, half", rows=LLAMA.rows // 2), LARGEST)
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """phases: of a case. options: of Tightrope, where peer, a competitor's name, is not given."""
+
+    name: str
+    phases: Callable[[Case], list[Phase]]
+    options: dict[str, object] = field(default_factory=dict)
+    scenario: str = "pretraining"
+    peer: str | None = None
+
+    def competitor(self) -> Competitor:
+        if self.peer is not None:
+            return next(c for c in competitors.all_competitors() if c.name == self.peer)
+        loss = partial(competitors.ours, **self.options)
+        return Competitor(self.name, "tightrope", loss, lambda case, loss: None)
+
+
+def _step(strategy: str, frozen: bool = False, share: float = 1.0) -> Callable[[Case], list[Phase]]:
+    """share: of the rows that count."""
+    return lambda case: phases(strategy, round(share * case.rows), case.dim, case.vocab, frozen)
+
+
+def _dense(bytes_a_logit: float) -> Callable[[Case], list[Phase]]:
+    """The three GEMMs and passes over all the logits, which stay in bfloat16."""
+
+    def found(case: Case) -> list[Phase]:
+        passes = Phase("passes", 0, bytes_a_logit * case.rows * case.vocab, 0)
+        return [*three_gemms(case), passes]
+
+    return found
+
+
+def three_gemms(case: Case) -> list[Phase]:
+    """The floor: each into a fresh bfloat16 output."""
+    n, d, v = case.rows, case.dim, case.vocab
+    gemm, hidden, head, logits = 2.0 * n * d * v, ITEM * n * d, ITEM * v * d, ITEM * n * v
+    return [
+        Phase("logits", gemm, hidden + head, logits),
+        Phase("dh", gemm, logits + head, hidden),
+        Phase("dW", gemm, logits + hidden, head),
+    ]
+
+
+def _liger(case: Case) -> list[Phase]:
+    """Chunks of ``N / (V / D)`` rows, to a power of two: each makes a bfloat16 dW, and adds it to the sum."""
+    rows = 1 << (-(-case.rows // -(-case.vocab // case.dim)) - 1).bit_length()
+    chunks = -(-case.rows // rows)
+    sums = Phase("sums", 0, chunks * 4 * ITEM * case.vocab * case.dim, 0)
+    return [*three_gemms(case), Phase("rows", 0, 10 * case.rows * case.vocab, 0), sums]
+
+
+def _cce(case: Case) -> list[Phase]:
+    """The logits twice in Triton; of the gradients' products those blocks that have a target, one in five
+    here: its filter leaves out what is below bfloat16's precision, and random logits are flat."""
+    gemm = 2.0 * case.rows * case.dim * case.vocab
+    blocks = [Phase(f"stream_{name}", share * gemm, 0, 0) for name, share in (("dh", 0.2), ("dW", 0.2))]
+    return [Phase("stream_forward", gemm, 0, 0), Phase("stream_backward", gemm, 0, 0), *blocks]
+
+
+CHUNKED = {"strategy": "chunked"}
+ENTRIES = (
+    Entry("chunked, fused", _step("fused"), CHUNKED | {"backend": "cuda"}),
+    Entry("chunked, two kernels", _step("chunked"), CHUNKED | {"backend": "triton"}),
+    Entry("streaming", _step("streaming"), {"strategy": "streaming"}),
+    Entry("frozen head", _step("fused", frozen=True), scenario="lora"),
+    Entry("70 % ignored", _step("fused", share=1 - IGNORED_SHARE), scenario="sft"),
+    Entry("statistics, with gradients", _step("streaming"), scenario="rl"),
+    # Read and written once and again: log_softmax and its gradient, and the entropy's own passes.
+    Entry("eager", _dense(52), peer="eager PyTorch"),
+    Entry("Liger", _liger, peer="Liger"),
+    Entry("cut-cross-entropy", _cce, peer="cut-cross-entropy"),
+    # Fused into three passes that read the logits, and one that writes their gradient.
+    Entry("torch.compile", _dense(10), peer="torch.compile"),
+    Entry("torch.compile, auto-chunked", _dense(10), peer=competitors.AUTO_CHUNKED),
+)
