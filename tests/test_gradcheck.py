@@ -14,7 +14,7 @@ import torch
 import tightrope
 from helpers import BACKENDS, STRATEGIES, class_indices, rand, randn, top_k
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.one_in(3), pytest.mark.usefixtures("one_thread")]
 N, V, D = 4, 7, 3
 REALITY = ["cross_entropy", "squared_error"]
 CREATIVITY = ["entropy", "collision"]

@@ -16,6 +16,7 @@ import tightrope
 from helpers import class_indices, randn
 from tightrope import autograd, backends
 from tightrope.strategies import chunked, ops
+from tightrope.strategies import products as of_tiles
 
 ROWS, WIDTH, VOCAB = 96, 8, 1000
 HEAD = (VOCAB, WIDTH)
@@ -76,6 +77,7 @@ def fused_step(chunks):
     with (
         patch.dict(backends.BACKENDS, eager=backend),
         patch.object(chunked, "multiply", counted),
+        patch.object(of_tiles, "multiply", counted),
         open_drivers(),
         Launches() as seen,
     ):

@@ -8,6 +8,8 @@ from helpers import Problem, assert_within, class_indices, evaluate, function_of
 from tightrope import backends
 from tightrope.backends import ops
 
+pytestmark = pytest.mark.one_in(3)
+
 BF16 = torch.bfloat16
 CPU = torch.device("cpu")
 PRODUCTS = [

@@ -297,6 +297,10 @@ def test_returned_statistics():
         "support_log_mass",
         "rest_log_mass",
         "support_entropy",
+        "target_entropy",
+        "target_collision",
+        "sampled_share",
+        "sampled_noise",
     ]
 
 

@@ -29,7 +29,7 @@ from tightrope.statistics import (
     summarise_tangent,
 )
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.one_in(3)]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.one_in(4)]
 SETS = (None, "threshold", "listed", "mixed", "every class", "nothing")
 
 

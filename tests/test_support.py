@@ -37,6 +37,8 @@ from tightrope.statistics import (
     summarise_sides,
 )
 
+pytestmark = pytest.mark.one_in(2)
+
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 everywhere = pytest.mark.parametrize("backend", BACKENDS)
 both = pytest.mark.parametrize("strategy", STRATEGIES)

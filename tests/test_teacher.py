@@ -41,6 +41,7 @@ TERMS = {
 }
 HOSTILE = ("plain", "offset", "peaked", "sentinel", "impossible", "one class", "not contiguous")
 pytestmark = [
+    pytest.mark.one_in(2),
     pytest.mark.usefixtures("one_thread", "small_tiles"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # PyTorch's own, of its compiler
 ]

@@ -13,6 +13,8 @@ import tightrope
 from helpers import BACKENDS, STRATEGIES, assert_within, class_indices, rand, randn
 from tightrope import Classes, MinP
 
+pytestmark = pytest.mark.one_in(2)
+
 F64 = torch.float64
 everywhere = pytest.mark.parametrize("backend", BACKENDS)
 N, V, D = 11, 53, 6

@@ -10,6 +10,8 @@ from calls import CALLS, every_loss
 from helpers import BACKENDS, assert_within, class_indices, present, rand, randn, top_k, upstream_of
 from tightrope import reference
 
+pytestmark = pytest.mark.one_in(3)
+
 ROWS, VOCAB, WIDTH = 40, 301, 8
 backends = pytest.mark.parametrize("backend", BACKENDS)
 skipping = pytest.mark.parametrize("skip_ignored", [None, False])

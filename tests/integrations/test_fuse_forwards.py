@@ -22,7 +22,7 @@ from torch import nn
 import tightrope
 from tightrope.integrations import fuse
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.one_in(2), pytest.mark.usefixtures("one_thread")]
 
 EXACT = 1e-12
 ROWS, LENGTH = 5, 9  # of tiny.batch

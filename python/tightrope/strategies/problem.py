@@ -331,14 +331,10 @@ class LinearProblem(_Scored):
         if not self.pairs or self.dtype != torch.float32:
             return hidden
         # Two bfloat16 are one int32, which is transposed faster. They were bfloat16 before they were float32.
-        return (
-            hidden.to(torch.bfloat16)
-            .view(torch.int32)
-            .t()
-            .contiguous()
-            .view(torch.bfloat16)
-            .unflatten(1, (-1, 2))
-        )
+        pairs = hidden.to(torch.bfloat16).contiguous().view(torch.int32).t()
+        # To memory of its own: of one row the transpose counts as contiguous, whatever its strides.
+        across = torch.empty(pairs.shape, dtype=torch.int32, device=hidden.device).copy_(pairs)
+        return across.view(torch.bfloat16).unflatten(1, (-1, 2))
 
     def raw_logits(
         self,
