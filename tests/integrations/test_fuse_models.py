@@ -20,7 +20,7 @@ from helpers import assert_within, rand, randn
 from tightrope import reference
 from tightrope.integrations import fuse
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.one_in(3), pytest.mark.usefixtures("one_thread")]
 FUSED = [name for name in BUILDERS if name != "chameleon"]
 
 

@@ -17,7 +17,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from tightrope.integrations import DeferredLogits, fuse
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.one_in(2), pytest.mark.usefixtures("one_thread")]
 
 LENGTH = 10
 KINDS = pytest.mark.parametrize("make", [llama, gpt2])

@@ -16,7 +16,11 @@ from trl_trainers import WARNINGS, V, dpo, grpo, history, kto, largest_allocatio
 from tightrope.integrations import trl as integration
 from tightrope.strategies import workspace
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(WARNINGS)]
+pytestmark = [
+    pytest.mark.one_in(2),
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(WARNINGS),
+]
 
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
