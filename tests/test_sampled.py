@@ -30,8 +30,8 @@ SMALL = {**BUDGET, "strategy": "chunked"}
 NOISE = 0.05
 pytestmark = [
     pytest.mark.one_in(2),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]  # torch.compile
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch.compile
+]
 everywhere = pytest.mark.parametrize("backend", BACKENDS)
 
 
