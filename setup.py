@@ -14,6 +14,8 @@ import os
 import platform
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 
 from setuptools import setup
@@ -150,7 +152,7 @@ def extensions() -> dict:
     modules += cuda_extensions()
 
     class Build(BuildExtension):
-        """Leaves beside the extensions a note of the torch that they were built for, and builds by it.
+        """Builds the extensions side by side, and leaves beside them a note of the torch that they are for.
 
         Objects of another torch look as new as the sources are, and must not be taken for this one's.
         """
@@ -160,7 +162,17 @@ def extensions() -> dict:
             if not note.exists() or note.read_text() != torch.__version__:
                 self.force = True
                 shutil.rmtree(self.build_temp, ignore_errors=True)
-            super().run()
+            # Each is one source, which ninja cannot divide, and has a build.ninja, so a folder, of its own.
+            parts = []
+            for extension in self.extensions:
+                part = copy(self)
+                part.extensions = [extension]
+                part.build_temp = str(Path(self.build_temp, extension.name))
+                parts.append(part)
+            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+            with ThreadPoolExecutor(jobs) as pool:
+                for _ in pool.map(BuildExtension.run, parts):
+                    pass
             note.write_text(torch.__version__)
             if self.inplace:
                 shutil.copy(note, Path(self.get_ext_fullpath(modules[0].name)).parent)
