@@ -40,7 +40,8 @@ def command(models, text, out, *more, quick=True):
 
 def test_evaluate_writes_every_file(capsys, models, text, tmp_path):
     out = tmp_path / "deep" / "out"
-    code, printed, err = run(capsys, *command(models, text, out))
+    few = ["--windows", 4, "--min-p", 0.05, *(x for t in (0.8, 1.3, 1.6) for x in ("--temperature", t))]
+    code, printed, err = run(capsys, *command(models, text, out, *few, quick=False))
     assert (code, err) == (0, "")
     assert sorted(path.name for path in out.iterdir()) == FILES
 
@@ -134,8 +135,10 @@ def test_a_mode_that_temperature_beats_is_called_that(tmp_path):
 
 @pytest.mark.parametrize("plain", [None, "flat"])
 def test_who_is_plain(capsys, models, text, tmp_path, plain):
+    """And a first look takes no samples."""
     more = ["--plain", plain] if plain else []
     assert run(capsys, *command(models, text, tmp_path, *more))[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({*FILES} - {"samples.md"})
     assert f"beside {plain or 'plain'} at the same entropy" in (tmp_path / "evaluate.md").read_text("utf-8")
 
 
@@ -257,7 +260,8 @@ def test_a_full_disk_is_one_line(capsys, monkeypatch, models, text, tmp_path, na
     monkeypatch.setattr(report, "FILES", ())  # the link stays
     (tmp_path / name).symlink_to("/dev/full")
     few = {name: models[name] for name in ("plain", "judge")}
-    result = run(capsys, *command(few, text, tmp_path))
+    more = ["--windows", 1, "--temperature", 1, "--min-p", 0.1]
+    result = run(capsys, *command(few, text, tmp_path, *more, quick=name != "samples.md"))
     assert_one_line(result, "--out", name, "No space left on device")
 
 

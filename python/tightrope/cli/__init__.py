@@ -126,7 +126,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     how.add_argument(
         "--quick",
         action="store_true",
-        help="a first look: 4 windows, temperatures 0.8 1 1.3 1.6, min-p 0.05, where not given",
+        help="a first look: no samples; 4 windows, temperatures 0.8 1 1.3 1.6, min-p 0.05, where not given",
     )
     evaluate.set_defaults(run=_evaluate)
 

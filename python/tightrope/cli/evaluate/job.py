@@ -132,15 +132,16 @@ def _run(
                     log.write(report.csv_line(row))
                     progress.update(task, advance=1, note=report.note(row))
         compared = evaluation.compare(rows, plain)
-        with progress_bar(console) as progress:
+        if not options.quick:
             settings = _settings(list(models), plain, compared)
-            task = progress.add_task("samples", total=len(settings), note="")
-            for name, temperature in settings:
-                drawn = samples.draw(name, models[name], judge, options.seed, temperature)
-                sampled.append(drawn)
-                log.write(report.csv_line(drawn))
-                append_samples(options.out / "samples.md", drawn.label, drawn.texts)
-                progress.update(task, advance=1, note=drawn.label)
+            with progress_bar(console) as progress:
+                task = progress.add_task("samples", total=len(settings), note="")
+                for name, temperature in settings:
+                    drawn = samples.draw(name, models[name], judge, options.seed, temperature)
+                    sampled.append(drawn)
+                    log.write(report.csv_line(drawn))
+                    append_samples(options.out / "samples.md", drawn.label, drawn.texts)
+                    progress.update(task, advance=1, note=drawn.label)
     for table in report.write(options.out, plain, rows, compared, sampled, plausible.sizes):
         console.print(table)
 
