@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tightrope
 from helpers import class_indices, randn
 from tightrope import autograd, backends
-from tightrope.strategies import chunked, ops
+from tightrope.strategies import chunked, gemm, ops
 from tightrope.strategies import products as of_tiles
 
 ROWS, WIDTH, VOCAB = 96, 8, 1000
@@ -78,6 +78,7 @@ def fused_step(chunks):
         patch.dict(backends.BACKENDS, eager=backend),
         patch.object(chunked, "multiply", counted),
         patch.object(of_tiles, "multiply", counted),
+        patch.object(gemm, "_prefers_onednn", lambda: False),  # as on a device
         open_drivers(),
         Launches() as seen,
     ):

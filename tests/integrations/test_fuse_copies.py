@@ -76,7 +76,7 @@ def test_save_and_load_pretrained(make, tmp_path):
                 for m in (again.model, tiny.twins(make, 0.05)[1].model)
             )
         )
-        == 0
+        < 1e-14  # a file's weights may lie otherwise in memory, and be added up in another order
     )
 
 
