@@ -66,9 +66,9 @@ def _restore_global_state():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ranks():
-    """``ranks(3)``: a pool of so many processes (`processes.Pool`), started once for a module."""
+    """``ranks(3)``: a pool of so many processes (`processes.Pool`), started once for all modules."""
     from processes import Pool
 
     pools: dict[int, Pool] = {}
@@ -80,7 +80,7 @@ def ranks():
 
     yield pool
     for started in pools.values():
-        started.close()
+        started.stop()
 
 
 @pytest.fixture(scope="session")

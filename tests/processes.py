@@ -32,13 +32,12 @@ def _serve(rank: int, size: int, store: str, inbox, outbox) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=LIMIT)
     )
     outbox.put((rank, True, None))
-    while (task := inbox.get()) is not None:
-        function, args = task
+    while True:  # until it is killed
+        function, args = inbox.get()
         try:
             outbox.put((rank, True, function(rank, *args)))
         except BaseException:
             outbox.put((rank, False, traceback.format_exc()))
-    dist.destroy_process_group()
 
 
 class Pool:
@@ -94,11 +93,3 @@ class Pool:
             process.kill()
             process.join()
         self.folder.cleanup()
-
-    def close(self) -> None:
-        """End the ranks, which have nothing to do."""
-        for inbox in self.inboxes:
-            inbox.put(None)
-        for process in self.ranks:
-            process.join(10)
-        self.stop()

@@ -16,7 +16,7 @@ import torch
 
 from tightrope import __version__
 from tightrope.cli.errors import UserError
-from tiny_models import TRAIN_EXTRA, assert_one_line, cells, history, run, run_until, save_tiny
+from tiny_models import COMMAND, TRAIN_EXTRA, assert_one_line, cells, history, run, run_until, save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in test_train.py
 
@@ -187,10 +187,7 @@ def test_a_disk_that_fills_up_while_training_is_one_line(text, tmp_path, limit):
     before = shutil.copytree(tiny, tmp_path / "out" / "model")
     config = json.loads((before / "config.json").read_text())
     (before / "config.json").write_text(json.dumps(config | {"tightrope": {}}))
-    program = (
-        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
-        "from tightrope.cli import main; sys.exit(main())"
-    )
+    program = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n{COMMAND}"
     arguments = [*small_run(tiny, text, tmp_path / "out"), "--save-steps", 2, "--train", "all"]
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, timeout=240

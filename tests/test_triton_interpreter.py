@@ -1,4 +1,4 @@
-"""Runs the Triton tests that need TRITON_INTERPRET=1, each module in a process of its own.
+"""Runs the Triton tests that need TRITON_INTERPRET=1, in a process of their own.
 
 The variable must be set before the kernels are defined, and must not reach the other tests, some of which
 need compiled kernels.
@@ -18,9 +18,9 @@ MODULES = [f"test_triton_{name}.py" for name in ("rows", "sides", "stream", "api
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("module", MODULES)
-def test_in_the_interpreter(module, pytestconfig):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / module)]
+def test_in_the_interpreter(pytestconfig):
+    modules = [str(HERE / module) for module in MODULES]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *modules]
     if pytestconfig.getoption("--every-case"):
         command.append("--every-case")
     done = subprocess.run(
@@ -29,7 +29,7 @@ def test_in_the_interpreter(module, pytestconfig):
         env=child_environment(TRITON_INTERPRET="1"),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600 if pytestconfig.getoption("--every-case") else 600,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

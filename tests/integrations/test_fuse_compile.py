@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from tightrope.integrations import fuse
 
 pytestmark = [
-    pytest.mark.one_in(2),
+    pytest.mark.one_in(4),
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings(
         "ignore:.*should not be instantiated:DeprecationWarning"

@@ -17,7 +17,7 @@ from tightrope.integrations import trl as integration
 from tightrope.strategies import workspace
 
 pytestmark = [
-    pytest.mark.one_in(2),
+    pytest.mark.one_in(4),
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings(WARNINGS),
 ]
