@@ -120,13 +120,13 @@ def test_the_truth_is_the_reference(scenario, loss, monkeypatch):
     monkeypatch.setattr(truth, "KEPT_ROWS", 10)
     monkeypatch.setattr(truth, "KEPT_HEAD_ROWS", 20)
     case = cases.Case("", 24, 16, 130, scenario=scenario)
-    step = inputs.make_step(case)
-    found = truth.truths(step, LOSSES)[loss.name]
+    step, loss = inputs.make_step(case), case.scored(loss)
+    found = truth.truths(step, list({*LOSSES, loss}))[loss.name]
     kept, kept_head = truth.sample(step)
     assert len(kept) == 10 and 20 <= len(kept_head) <= 40
     hidden, weight = (t.detach().double().requires_grad_() for t in (step.hidden, step.weight))
     target = step.target if step.probs is None else tightrope.TopKTarget(step.target, step.probs.double())
-    if scenario == "teacher":
+    if step.teacher is not None:
         teacher_hidden, teacher_weight = (t.double() for t in step.teacher)
         target = torch.softmax(teacher_hidden @ teacher_weight.T, -1)
     if scenario == "rl":
@@ -134,6 +134,10 @@ def test_the_truth_is_the_reference(scenario, loss, monkeypatch):
         stats = reference.row_stats(reference.logits(hidden, weight), b)
         bonus = truth.ENTROPY_BONUS * (loss.balance > 0)
         exact = -(step.advantage * stats.target_log_prob + bonus * stats.entropy).mean()
+    elif scenario == "divergence":
+        p = torch.softmax(hidden @ weight.T, -1)
+        mixed = torch.special.xlogy(p + target, (p + target) / 2)
+        exact = (torch.special.xlogy(p, p) + torch.special.xlogy(target, target) - mixed).sum(-1).mean() / 2
     else:
         exact = reference.linear_reality_creativity_loss(
             hidden, weight, target, balance=loss.balance, reality=loss.reality
@@ -224,7 +228,7 @@ def read_csv(path):
 
 def test_a_whole_run(capsys, tmp_path):
     """Every competitor that runs here computes the same loss in the same scenario; the others say why not."""
-    scenarios = ("sft", "distillation", "rl", "curvature")
+    scenarios = ("sft", "distillation", "rl", "curvature", "divergence")
     arguments = ["bench", "--shape", "24,16,130", "--out", str(tmp_path), "--seconds", "0.01"]
     for scenario in scenarios:
         arguments += ["--scenario", scenario]
@@ -245,7 +249,8 @@ def test_a_whole_run(capsys, tmp_path):
         assert float(row["ms"]) > 0 and float(row["x_gemms"]) > 0 and float(row["memory_mb"]) >= 0
         for column in ("loss_error", "hidden_grad_error", "weight_grad_error"):
             assert 0 <= float(row[column]) < 1e-5
-        assert row["loss"] == ("cross-entropy" if "F.linear" in row["competitor"] else LOSSES[0].name)
+        own = "cross-entropy" if "F.linear" in row["competitor"] else LOSSES[0].name
+        assert row["loss"] == ("Jensen-Shannon" if row["scenario"] == "divergence" else own)
         assert row["versions"] and row["machine"] and row["date"]
     quack = [row["skipped"] for row in rows if row["competitor"] == "QuACK"]
     assert len(quack) == len(scenarios) and all("cuda" in reason for reason in quack)

@@ -7,8 +7,8 @@ derivative Gdot of the logits' gradient G follows, as a form of row scalars agai
 
 Where the workspace holds the logits of chunks of good size, logits and direction of a chunk stay in memory
 between the two sweeps: seven GEMMs where hidden states and head move. Else the vocabulary goes by in tiles,
-twice, and the logits are made again: ten. The direction takes as much memory as the logits, beside them: half
-as many rows would share each pass over the head, and GEMMs of few rows are slower.
+twice, and the logits are made again: ten. The direction takes as much memory as the logits, beside them, so
+together they may take more than the workspace: GEMMs of half as many rows are slower.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class Upstream:
 # A tile of the head, its logits and their gradients have a direction beside them, and all take turns. So a
 # tile is as wide as one of so many times the rows is elsewhere.
 _IN_CACHE = 4
+# Of the workspace, for a chunk's logits; as much again is for their direction.
+_SHARE = 0.75
 # (which rows, their summary [SUMMARY, n], its derivative) -> the upstream gradients of their statistics.
 UpstreamOf = Callable[[slice | Tensor, Tensor, Tensor], Upstream]
 # A value, and its derivative along a direction where it has one.
@@ -310,8 +312,9 @@ def _by_chunks(
     linear: _Linear, upstream: UpstreamOf, needs: Needs, workspace: int
 ) -> tuple[Gradients, Tensor]:
     problem, summary, dtype = linear.problem, linear.summary, linear.problem.dtype
+    share = int(_SHARE * workspace)
     spans = plan.tiled_chunk_spans(
-        problem.rows.count, 1, problem.columns, dtype, problem.operand, workspace, problem.device
+        problem.rows.count, 1, problem.columns, dtype, problem.operand, share, problem.device
     )
     sums, out = Gradients.unwritten(problem, needs, len(spans)), torch.zeros_like(summary)
     half = max((stop - start for start, stop in spans), default=0) * problem.columns

@@ -19,6 +19,7 @@ SCENARIOS = {
     "lora": "the head is frozen",
     "distillation": "targets are a teacher's top 64",
     "teacher": "targets are a teacher's head, of twice the D",
+    "divergence": "Jensen-Shannon of the two heads, whatever the loss",
     "rl": "log-probability and entropy of each token, with upstream gradients of their own",
     "curvature": "a Hessian-vector product, at a point whose gradients have their graph",
 }
@@ -45,6 +46,9 @@ LOSSES = {
         Loss("squared error + entropy", "squared_error", 0.1),
     )
 }
+# Of two heads, so of one scenario alone.
+DIVERGENCE = Loss("Jensen-Shannon", "jensen_shannon", 0.0)
+TAUGHT = ("teacher", "divergence")  # scenarios with a teacher's head
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,10 @@ class Case:
     @property
     def shape(self) -> str:
         return f"N {self.rows}, D {self.dim}, V {self.vocab}"
+
+    def scored(self, loss: Loss) -> Loss:
+        """The loss that a run on that loss takes here."""
+        return DIVERGENCE if self.scenario == "divergence" else loss
 
     @property
     def flops(self) -> float:

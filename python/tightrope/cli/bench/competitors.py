@@ -17,7 +17,7 @@ from torch import Tensor
 import tightrope
 from tightrope import backends
 
-from .cases import Case, Loss
+from .cases import TAUGHT, Case, Loss
 from .inputs import IGNORE_INDEX, Step
 from .truth import ENTROPY_BONUS, eager_loss
 
@@ -193,6 +193,28 @@ def _liger_scaled(step: Step, loss: Loss) -> Tensor:
     return rows.sum() / step.normalizer
 
 
+def _liger_divergence(step: Step, loss: Loss) -> Tensor:
+    """On a CPU its chunks of rows in plain PyTorch: the Triton kernels do not run there.
+
+    Not compiled: it would be again in each step.
+    """
+    if step.hidden.device.type == "cuda":
+        from liger_kernel.transformers import LigerFusedLinearJSD
+
+        divergence = LigerFusedLinearJSD()
+    else:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        divergence = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=False)
+    return divergence(step.hidden, step.weight, *step.teacher, step.target)
+
+
+def _liger_divergence_refuses(case: Case, loss: Loss) -> str | None:
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    return None if case.scenario == "divergence" else "a divergence of two heads alone"
+
+
 def _quack(step: Step, loss: Loss) -> Tensor:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
@@ -227,7 +249,7 @@ def _peer(
             return "no top-k targets"
         if case.scenario == "curvature":
             return NO_CURVATURE
-        if case.scenario == "teacher":
+        if case.scenario in TAUGHT:
             return "no such loss of a teacher's head"
         if case.scenario == "rl" and not per_token:
             return "no loss for each token"
@@ -276,5 +298,12 @@ def all_competitors() -> list[Competitor]:
             groups=(*SHAPES, "scenarios"),
         ),
         _peer("Liger", "liger-kernel", "liger_kernel", _liger, devices=("cuda",)),
+        Competitor(
+            "Liger JSD",
+            "liger-kernel",
+            _liger_divergence,
+            _liger_divergence_refuses,
+            groups=(*SHAPES, "scenarios"),
+        ),
         _peer("QuACK", "quack-kernels", "quack", _quack, devices=("cuda",)),
     ]

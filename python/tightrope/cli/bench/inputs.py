@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..output import writing
-from .cases import DTYPES, IGNORED_SHARE, REAL_ROWS, TEACHER_ENTRIES, Case
+from .cases import DTYPES, IGNORED_SHARE, REAL_ROWS, TAUGHT, TEACHER_ENTRIES, Case
 
 IGNORE_INDEX = -100
 WINDOW = 256
@@ -78,7 +78,7 @@ def make_step(case: Case) -> Step:
         entries = min(TEACHER_ENTRIES, case.vocab)
         largest = torch.softmax(hidden @ weight.T / TEACHER_TEMPERATURE, -1).topk(entries)
         target, probs = largest.indices, largest.values / largest.values.sum(-1, keepdim=True)
-    elif case.scenario == "teacher":
+    elif case.scenario in TAUGHT:
         # It sees what the student sees, and as much more.
         more = torch.randn(hidden.shape, **here)
         more_weight = torch.randn(weight.shape, **here).mul_(case.dim**-0.5)

@@ -95,7 +95,7 @@ def _measured(
     case: Case, loss: Loss, competitors: list[Competitor], budget: float, truths: Path
 ) -> Iterator[tuple[str, dict]]:
     """(name of the competitor, its line) at a case; a line has figures or the reason why there are none."""
-    competitors = [c for c in competitors if case.group in c.groups]
+    competitors, loss = [c for c in competitors if case.group in c.groups], case.scored(loss)
     reasons = {c.name: c.refuses(case, loss) for c in competitors}
     compared = {c.loss_compared(loss) for c in competitors if reasons[c.name] is None}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,10 @@ def row_losses(log_p: Tensor, step: Step, loss: Loss) -> Tensor:
     counts = taught = None
     if step.teacher is not None:
         hidden, weight = (t.to(log_p.dtype) for t in step.teacher)
-        taught = torch.softmax(hidden @ weight.T, -1)
+        log_b = torch.log_softmax(hidden @ weight.T, -1)
+        if loss.reality == "jensen_shannon":
+            return _jensen_shannon(log_p, log_b)
+        taught = log_b.exp()
         cross_entropy = -(taught * log_p).sum(-1)
     elif step.probs is not None:
         cross_entropy = -(step.probs.to(log_p.dtype) * log_p.gather(1, step.target)).sum(-1)
@@ -37,6 +41,11 @@ def row_losses(log_p: Tensor, step: Step, loss: Loss) -> Tensor:
     reality = cross_entropy if loss.reality == "cross_entropy" else _squared_error(log_p, step, taught)
     rows = (1 - bonus) * reality + bonus * negative_entropy
     return rows if counts is None else torch.where(counts, rows, 0.0)
+
+
+def _jensen_shannon(log_p: Tensor, log_b: Tensor) -> Tensor:
+    log_m = torch.logaddexp(log_p, log_b) - math.log(2)
+    return 0.5 * ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_b.exp() * (log_b - log_m)).sum(-1))
 
 
 def _squared_error(log_p: Tensor, step: Step, taught: Tensor | None) -> Tensor:
