@@ -53,6 +53,13 @@ class Phase:
     result: float
 
 
+def chunk_count(n: int, v: int, fused: bool = False) -> int:
+    """Chunks that n rows go by in."""
+    # Gradients of a tile that are narrower than its logits; fused, they stand where those were.
+    narrow = 0 if fused else plan.GPU.tile // 2
+    return math.ceil(n / plan.chunk_rows(n, v + narrow, 4, plan.workspace_bytes(None, plan_device())))
+
+
 def phases(strategy: str, n: int, d: int, v: int, frozen: bool = False) -> list[Phase]:
     """What a training step's loss does. strategy: "chunked", "fused" (chunked, in one launch) or "streaming".
 
@@ -61,10 +68,7 @@ def phases(strategy: str, n: int, d: int, v: int, frozen: bool = False) -> list[
     gemm = 2.0 * n * d * v
     head, hidden, logits = v * d * ITEM, n * d * ITEM, n * v
     if strategy in ("chunked", "fused"):
-        # Gradients of a tile that are narrower than its logits; fused, they stand where those were.
-        narrow = 0 if strategy == "fused" else plan.GPU.tile // 2
-        size = plan.chunk_rows(n, v + narrow, 4, plan.workspace_bytes(None, plan_device()))
-        chunks = math.ceil(n / size)
+        chunks = chunk_count(n, v, strategy == "fused")
         once, twice = ("row_loss_grad",), ("row_stats", "row_grad")
         rows = [
             Phase(name, 0, 4 * logits, 0 if name == "row_stats" else ITEM * logits)

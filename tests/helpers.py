@@ -23,6 +23,7 @@ import tightrope
 from tightrope import backends, reference
 
 ROOT = Path(__file__).resolve().parents[1]
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 _FOUND = {row["backend"] for row in backends.describe() if row["available"]}
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(name not in _FOUND, reason=f"backend {name} is not built"))

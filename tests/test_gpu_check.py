@@ -117,22 +117,35 @@ MEMCHECK = """\
 ========= COMPUTE-SANITIZER
 cuda row_stats bfloat16 index
 ========= Invalid __global__ read of size 16 bytes
-=========     at void tightrope::cuda::row_stats_kernel<bf16, true>(RowArgs, StatsOut, int)+0x3a0
+=========     at void tightrope::cuda::row_stats_kernel<__nv_bfloat16, (bool)1>(RowArgs, int)+0x3a0
 =========     by thread (31,0,0) in block (6,0,0)
-=========     Address 0x7f2c3e3ffff0 is out of bounds
+=========     Access at 0x7f2c3e3ffff0 is out of bounds
+=========     and is 16 bytes after the nearest allocation at 0x7f2c3e3f0000 of size 65,520 bytes
+=========     Saved host backtrace up to driver entry point at kernel launch time
+=========         Host Frame: cudaLaunchKernel [0x6f5b] in _C_cuda.so
+=========
 ========= Invalid __global__ read of size 16 bytes
-=========     at void tightrope::cuda::row_grad_kernel<bf16, bf16, true>(RowArgs)+0x3a0
-========= ERROR SUMMARY: 2 errors
+=========     at void tightrope::cuda::row_grad_kernel<float, float, (bool)1>(RowArgs)+0x3a0
+=========
+========= Target application returned an error
+========= ERROR SUMMARY: 32 errors
+========= ERROR SUMMARY: 12 errors were not printed. Use --print-limit option
 """
 RACECHECK = """\
 ========= COMPUTE-SANITIZER
-========= Error: Race reported between Write access at row_stats_kernel+0x9b0 and Read access at +0xa10
+========= Error: Race reported between Write access at row_stats_kernel(RowArgs)+0x9b0 in row_stats.cuh:60
+=========     and Read access at row_stats_kernel(RowArgs)+0xa10 in row_stats.cuh:71 [248 hazards]
+=========
+========= Potential invalid __shared__ read of size 4 bytes
+=========     at row_loss_grad_kernel(RowArgs)+0x170 in row_loss_grad.cuh:60
+=========     Address 0x1000400 is located in a block that might have already exited
+=========
 ========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)
 """
 
 
 def test_the_summaries_of_compute_sanitizer():
-    """Fails if errors of any tool are not found, or a warning counts as an error."""
+    """Fails if errors of any tool are not found or counted twice, or a warning counts as an error."""
     clean = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
     warned = "========= RACECHECK SUMMARY: 2 hazards displayed (0 errors, 2 warnings)\n"
     tools = [*ran(clean, name="memcheck"), *ran(warned, name="racecheck"), *ran(clean, name="initcheck")]
@@ -140,8 +153,28 @@ def test_the_summaries_of_compute_sanitizer():
     assert "racecheck: 0 errors, 2 warnings" in readings.sanitizer(tools).line
     bad = readings.sanitizer([*ran(MEMCHECK, name="memcheck"), *ran(RACECHECK, name="racecheck")])
     assert not bad.ok
-    assert [row["errors"] for row in bad.rows] == [2, 1]
-    assert bad.rows[0]["what"] == ["Invalid __global__ read of size 16 bytes"]
+    assert [row["errors"] for row in bad.rows] == [32, 1]
+    assert bad.rows[0]["what"] == [
+        "Invalid __global__ read of size 16 bytes",
+        "Target application returned an error",
+    ]
+    assert [what.partition(" at ")[0] for what in bad.rows[1]["what"]] == [
+        "Error: Race reported between Write access",
+        "Potential invalid __shared__ read of size 4 bytes",
+    ]
+
+
+def test_a_sanitizer_in_parts():
+    """Fails if errors in a part are lost, or a part that ended early hides behind the others."""
+    clean = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
+    parts = [*ran(clean, name="memcheck-0"), *ran(clean, name="memcheck-1")]
+    assert readings.sanitizer(parts).line == "memcheck: 0 errors"
+    assert [
+        row["errors"] for row in readings.sanitizer([*parts, *ran(MEMCHECK, name="memcheck-2")]).rows
+    ] == [32]
+    cut = readings.sanitizer([*parts, *ran("========= COMPUTE-SANITIZER\n", name="memcheck-2")])
+    assert not cut.ok
+    assert cut.line == "memcheck: 0 errors; memcheck-2: no summary"
 
 
 def test_a_sanitizer_without_a_summary_found_out_nothing():
@@ -157,24 +190,31 @@ NCU = """\
 ==PROF== Connected to process 4242 (/usr/bin/python3.12)
 cuda row_stats bfloat16 index
 ==PROF== Profiling "row_stats_kernel" - 0: 0%....50%....100% - 1 pass
+==PROF== Disconnected from process 4242
 "ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size",\
 "Device","CC","Section Name","Metric Name","Metric Unit","Metric Value"
-"0","42","python3","localhost","void row_stats_kernel<bf16, 1>(RowArgs<bf16>, int)","1","7","(256, 1, 1)",\
-"(7, 1, 1)","0","9.0","Command line profiler metrics","gpu__time_duration.sum","nsecond","1,234.50"
-"0","42","python3","localhost","void row_stats_kernel<bf16, 1>(RowArgs<bf16>, int)","1","7","(256, 1, 1)",\
-"(7, 1, 1)","0","9.0","Command line profiler metrics","launch__registers_per_thread","register/thread","64"
-"1","42","python3","localhost","stream_stats","1","7","(256, 1, 1)",\
-"(7, 1, 1)","0","9.0","Command line profiler metrics","gpu__time_duration.sum","nsecond","99"
+"0","42","python3.12","127.0.0.1","void row_stats_kernel<bf16, (bool)1>(RowArgs<bf16>, int (*)(int))",\
+"1","7","(256, 1, 1)","(7, 1, 1)","0","9.0","Command line profiler metrics","gpu__time_duration.sum",\
+"ns","1,234.50"
+"0","42","python3.12","127.0.0.1","void row_stats_kernel<bf16, (bool)1>(RowArgs<bf16>, int (*)(int))",\
+"1","7","(256, 1, 1)","(7, 1, 1)","0","9.0","Command line profiler metrics","launch__registers_per_thread",\
+"register/thread","64"
+"1","42","python3.12","127.0.0.1","stream_stats","1","7","(256, 1, 1)",\
+"(7, 1, 1)","0","9.0","Command line profiler metrics","gpu__time_duration.sum","ns","99"
+"1","42","python3.12","127.0.0.1","stream_stats","1","7","(256, 1, 1)",\
+"(7, 1, 1)","0","9.0","Command line profiler metrics",\
+"dram__throughput.avg.pct_of_peak_sustained_elapsed","","n/a"
 """
 
 
 def test_the_table_of_ncu():
-    """Fails if commas in names or numbers shift a column, or a program's own lines are taken for rows."""
+    """Fails if commas or casts in names or numbers shift a column or cut a name, if a program's own lines are
+    taken for rows, or a counter that the card has not costs the others."""
     reading = readings.ncu(ran(NCU))
     assert reading.ok
     assert reading.rows == [
         {
-            "name": "void row_stats_kernel<bf16, 1>",
+            "name": "void row_stats_kernel<bf16, (bool)1>",
             "gpu__time_duration.sum": 1234.5,
             "launch__registers_per_thread": 64.0,
         },
@@ -184,7 +224,12 @@ def test_the_table_of_ncu():
 
 def test_ncu_that_may_not_read_counters():
     """Fails if the usual refusal of a shared machine passes, or is not said in words."""
-    reading = readings.ncu(ran("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission\n", code=1))
+    refusal = (
+        "==PROF== Connected to process 4242 (/usr/bin/python3.12)\n==ERROR== ERR_NVGPUCTRPERM - The user "
+        "does not have permission to access NVIDIA GPU Performance Counters on the target device 0.\n"
+        "==PROF== Disconnected from process 4242\n==WARNING== No kernels were profiled.\n"
+    )
+    reading = readings.ncu(ran(refusal, code=1))
     assert not reading.ok
     assert "administrators" in reading.line
 
@@ -477,6 +522,58 @@ def test_a_prediction_is_held_against_its_own_record(predicted):
     assert verdict(first.names | {"skipped": "out of memory"})["held"] is None
 
 
+SPEED = """\
+@ {"shape": "llama3-8b", "name": "chunked, fused", "ok": true, "x_gemms": 1.19, "ms": 45.1, "gemms_ms": 37.9}
+@ {"shape": "llama3-8b", "name": "sampled, made in full", "ok": true, "x_gemms": 1.8, "ms": 68.2}
+@ {"shape": "llama3-8b", "name": "teacher's head", "ok": true, "x_gemms": 2.41, "ms": 91.3, "gemms_ms": 37.9}
+@ {"shape": "llama3-8b", "name": "Hessian-vector product", "skipped": "out of memory"}
+@ {"shape": "qwen3.5-2b", "name": "Hessian-vector product", "ok": true, "x_gemms": 3.4, "ms": 251.0}
+"""
+
+
+def test_predictions_of_what_is_not_a_plain_step(predicted):
+    """Fails if a sampled step, a teacher's head or a Hessian-vector product is measured and not judged, or
+    held against another shape's."""
+    stages = [
+        {"name": f"speed {shape}", "rows": readings.recorded(ran(SPEED)).rows}
+        for shape in ("llama3-8b", "qwen3.5-2b")
+    ]
+    held = {row["name"]: row["held"] for row in predicted.judge.verdicts(stages) if row["held"] is not None}
+    assert held == {
+        "llama3-8b, chunked, fused": True,
+        "llama3-8b, sampled, made in full": False,
+        "llama3-8b, teacher's head": True,
+        "qwen3.5-2b, Hessian-vector product": True,
+    }
+
+
+def test_an_entry_is_measured_in_its_scenario(predicted, monkeypatch):
+    """Fails if the loss of an entry does not take what its scenario gives, or a Hessian-vector product is
+    none."""
+    from gpu_check import speed
+    from tightrope.cli.bench.inputs import make_step
+
+    monkeypatch.setattr(speed, "ROUND_SECONDS", 0.01)
+    entries = {entry.name: entry for entry in predicted.entries.ENTRIES}
+    for name in ("sampled, made in full", "teacher's head", "Hessian-vector product"):
+        entry = entries[name]
+        entry = replace(entry, options={k: v for k, v in entry.options.items() if k != "backend"})
+        case = replace(
+            predicted.entries.SHAPES[0],
+            rows=64,
+            dim=32,
+            vocab=500,
+            dtype="float32",
+            device="cpu",
+            scenario=entry.scenario,
+        )
+        step = make_step(case)
+        found = speed.attempt(entry, case, step)
+        assert found["ok"] is True, found
+        assert found["x_gemms"] > 0
+        assert (step.direction is not None) == (name == "Hessian-vector product")
+
+
 def test_predictions_follow_from_bytes_and_flops(predicted):
     """Fails if a phase is lost: fewer bytes, a frozen head and fewer rows cost less, a fourth GEMM more."""
     p, case = predicted.predictions, predicted.entries.SHAPES[0]
@@ -484,6 +581,8 @@ def test_predictions_follow_from_bytes_and_flops(predicted):
     assert 1.0 < times["chunked, fused"] < times["chunked, two kernels"] < times["streaming"]
     assert times["frozen head"] < 1.0
     assert times["70 % ignored"] < 0.5
+    assert times["sampled, made in full"] == times["chunked, fused"]
+    assert 5 / 3 < times["teacher's head"] < 7 / 3 < times["Hessian-vector product"] < 4
     floor = p.seconds(predicted.entries.three_gemms(case))
     assert floor == pytest.approx(6 * case.rows * case.dim * case.vocab / p.GEMM, rel=0.05)
 
@@ -541,9 +640,11 @@ def test_every_kernel_is_launched_by_the_small_run():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    launched = {line.split()[0 if line.startswith("stream") else 1] for line in done.stdout.splitlines()}
+    words = [line.split() for line in done.stdout.splitlines()]
+    launched = {first if first not in ("cuda", "triton") else kernel for first, kernel, *_ in words}
     # The fused kernel is the CUDA extension's alone.
-    assert launched == {"row_stats", "row_grad", "row_sides", "stream_stats", "stream_grad"}
+    first_order = {"row_stats", "row_grad", "row_sides", "stream_stats", "stream_grad"}
+    assert launched == first_order | {"row_tangent", "row_grad_tangent"}
 
 
 def test_every_measured_entry_has_a_stage(predicted, places):

@@ -9,7 +9,7 @@ import torch
 
 import tightrope
 from calls import CALLS, every_call, every_loss
-from helpers import STRATEGIES, assert_no_worse, assert_within, class_indices, randn
+from helpers import STRATEGIES, TORCH, assert_no_worse, assert_within, class_indices, randn
 from tightrope import reference
 from tightrope.strategies import chunked, gemm, problem, streaming, tangents
 from tightrope.strategies import products as tiles_of_products
@@ -341,6 +341,8 @@ def test_a_product_is_linear_in_its_direction(call):
 @every_call
 def test_compiled(call):
     """The compiler has a graph of its own, which must not lose the penalty either."""
+    if call == "chunked" and TORCH < (2, 13):
+        pytest.skip("torch 2.11: gradients of a compiled function have no graph if it saved no leaf's tensor")
     hidden, weight, target = leaves()
 
     @torch.compile(fullgraph=True, backend="aot_eager")

@@ -18,10 +18,17 @@ from tightrope.kernels import configs
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 ARCHITECTURES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
-# The configurations are chosen for Triton 3.9. What older ones spill in a few variants is in docs/gpu.md: so
-# many bytes on NVIDIA, and on AMD.
+# The configurations are chosen for Triton 3.9. What 3.6 spills in a few variants is in docs/gpu.md.
 NEWEST = HAS_TRITON and tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 9)
-SPILLED_BY_OLD = (48, 1272)
+
+
+def allowed_spills(row: dict) -> int:
+    """The most bytes that a variant may spill."""
+    if NEWEST:
+        return 0
+    if row["arch"] == "gfx942":
+        return 1272
+    return 96 if row["dtype"] == "fp64" else 48
 
 
 def run(*command) -> str:
@@ -76,9 +83,8 @@ def test_compiled_variants(arch):
     )
     tiles = {f"{c.block_m}x{c.block_n}x{c.block_k}" for c in shipped}
     assert {row["tile"] for row in rows if "tile" in row} == tiles
-    allowed = 0 if NEWEST else SPILLED_BY_OLD[arch == "gfx942"]
     for row in rows:
-        assert row["spill_bytes"] <= allowed, row
+        assert row["spill_bytes"] <= allowed_spills(row), row
         assert row["shared"] <= row["shared_limit"], row
     streaming = [row for row in rows if row["kernel"].startswith("stream")]
     assert len(streaming) == 2 * 8

@@ -7,14 +7,16 @@ line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from roofline import ITEM, Phase, phases
+from roofline import ITEM, Phase, chunk_count, phases
 from tightrope.cli.bench import competitors
 from tightrope.cli.bench.cases import GPU_SHAPES, IGNORED_SHARE, Case
 from tightrope.cli.bench.competitors import Competitor
+from tightrope.strategies import plan
 
 LLAMA, QWEN, LARGEST = (
     next(case for case in GPU_SHAPES if case.name == name) for name in ("llama3-8b", "qwen3-8b", "qwen3.5-2b")
@@ -68,6 +70,33 @@ def three_gemms(case: Case) -> list[Phase]:
     ]
 
 
+def _taught(case: Case) -> list[Phase]:
+    """A teacher of twice the D: one product more, a sweep for its statistics, three passes of PyTorch's that
+    make probabilities of its logits, and what the row kernels read of these."""
+    n, d, v = case.rows, case.dim, case.vocab
+    read = ITEM * (chunk_count(n, v) * v * 2 * d + n * 2 * d)
+    teacher = Phase("teacher", 2.0 * n * 2 * d * v, read, 4 * n * v)
+    return [teacher, Phase("target", 0, (4 + 3 * 8 + 2 * 4) * n * v, 0), *phases("chunked", n, d, v)]
+
+
+def _curvature(case: Case) -> list[Phase]:
+    """Seven products, by chunks: the logits, two for their direction, and two for each of the results, of G
+    and its derivative. Logits and direction are float32, and rounded for the products that they go into."""
+    n, d, v = case.rows, case.dim, case.vocab
+    gemm, head, hidden, logits = 2.0 * n * d * v, ITEM * v * d, ITEM * n * d, n * v
+    chunks, tiles = chunk_count(n, v), math.ceil(v / plan.GPU.tile)
+    return [
+        Phase("z", gemm, chunks * head + hidden, 4 * logits),
+        Phase("zdot", 2 * gemm, 2 * (chunks * head + hidden), (4 + 8) * logits),
+        Phase("row_tangent", 0, 8 * logits, 0),
+        Phase("row_grad_tangent", 0, 8 * logits, 8 * logits),
+        Phase("narrower", 0, 8 * logits, 2 * ITEM * logits),
+        Phase("dh", 2 * gemm, 2 * (ITEM * logits + chunks * head), (4 * tiles - 1) * 4 * n * d),
+        Phase("dW", 2 * gemm, 2 * (ITEM * logits + hidden), (4 * chunks - 1) * 4 * v * d),
+        Phase("round", 0, 4 * (n + v) * d, ITEM * (n + v) * d),
+    ]
+
+
 def _liger(case: Case) -> list[Phase]:
     """Chunks of ``N / (V / D)`` rows, to a power of two: each makes a bfloat16 dW, and adds it to the sum."""
     rows = 1 << (-(-case.rows // -(-case.vocab // case.dim)) - 1).bit_length()
@@ -89,9 +118,17 @@ ENTRIES = (
     Entry("chunked, fused", _step("fused"), CHUNKED | {"backend": "cuda"}),
     Entry("chunked, two kernels", _step("chunked"), CHUNKED | {"backend": "triton"}),
     Entry("streaming", _step("streaming"), {"strategy": "streaming"}),
+    # On a GPU nothing is sampled: whatever noise is allowed, the gradients are made in full.
+    Entry(
+        "sampled, made in full",
+        _step("fused"),
+        CHUNKED | {"backend": "cuda", "gradient_noise": competitors.SAMPLED_NOISE},
+    ),
     Entry("frozen head", _step("fused", frozen=True), scenario="lora"),
     Entry("70 % ignored", _step("fused", share=1 - IGNORED_SHARE), scenario="sft"),
     Entry("statistics, with gradients", _step("streaming"), scenario="rl"),
+    Entry("teacher's head", _taught, CHUNKED, scenario="teacher"),
+    Entry("Hessian-vector product", _curvature, CHUNKED, scenario="curvature"),
     # Read and written once and again: log_softmax and its gradient, and the entropy's own passes.
     Entry("eager", _dense(52), peer="eager PyTorch"),
     Entry("Liger", _liger, peer="Liger"),

@@ -1,16 +1,17 @@
 """A small run of every kernel, for tools that watch kernels: compute-sanitizer, ncu.
 
-    python -m gpu_check.kernels
+    python -m gpu_check.kernels [PART PARTS]
 
 Each call launches a kernel on a few rows of an odd vocabulary, in the forms that a launch can ask for. No
 product of the vendor's library is among them: a tool takes minutes for those, and finds nothing of ours.
+PART, from 0: of so many parts this one alone, every PARTS-th call.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from itertools import product
+from itertools import islice, product
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from tightrope import backends
 from tightrope.arguments import SideArguments, TileArguments
 from tightrope.losses import RealityCreativity
-from tightrope.statistics import empty_partial, empty_sides
+from tightrope.statistics import empty_partial, empty_sides, empty_sums
 
 ROWS, VOCAB, WIDTH = 7, 9001, 72
 DEVICE = "cuda"
@@ -46,13 +47,17 @@ def _norm_and_coef(sides: int) -> tuple[Tensor, Tensor]:
     return torch.ones(2 * sides, ROWS, device=DEVICE), torch.full((7 * sides, ROWS), 0.1, device=DEVICE)
 
 
-def rows(name: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The row kernels of a backend: what a launch is called, and the launch."""
-    backend = backends.BACKENDS[name]
-    sets = {
+def _sets() -> dict[str, tuple]:
+    """The flat `SideArguments` of each kind of set."""
+    return {
         "min-p": SideArguments(torch.zeros(ROWS, device=DEVICE), None).flat(),
         "listed": SideArguments(None, torch.arange(ROWS * 5, device=DEVICE).view(ROWS, 5)).flat(),
     }
+
+
+def rows(name: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The row kernels of a backend: what a launch is called, and the launch."""
+    backend, sets = backends.BACKENDS[name], _sets()
     for dtype, kind, general in product(DTYPES, KINDS, (False, True)):
         logits = torch.linspace(-9, 9, ROWS * VOCAB, device=DEVICE).view(ROWS, VOCAB).to(dtype)
         tail = _target(kind, general)
@@ -113,6 +118,26 @@ def streams() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"stream_grad {form}", grad
 
 
+def tangents() -> Iterator[tuple[str, Callable[[], None]]]:
+    """The row kernels of second order, whose logits and direction are float32."""
+    backend = backends.BACKENDS["triton"]
+    for kind, (word, which) in product(KINDS, {"": SideArguments().flat(), **_sets()}.items()):
+        logits = torch.linspace(-9, 9, ROWS * VOCAB, device=DEVICE).view(ROWS, VOCAB)
+        sides = 2 if word else 1
+        sums = empty_sums(ROWS, bool(word), logits.dtype, logits.device)
+        tail, (norm, coef) = _target(kind, True), _norm_and_coef(sides)
+
+        def stats(logits=logits, sums=sums, norm=norm, which=which, tail=tail):
+            backend.row_tangent(logits, logits.flip(0), sums, norm, 0, *which, *tail)
+
+        def grad(logits=logits, norm=norm, coef=coef, which=which, tail=tail):
+            given, outs = (logits.clone(), logits.flip(0)), (norm[::2].clone(), coef, coef.clone())
+            backend.row_grad_tangent(*given, *given, norm, *outs, 0, *which, *tail)
+
+        yield f"row_tangent {kind} {word}", stats
+        yield f"row_grad_tangent {kind} {word}", grad
+
+
 def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     for name in ("cuda", "triton"):
         if backends.BACKENDS[name].serves(torch.device(DEVICE), asked=True):
@@ -120,11 +145,12 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
                 yield f"{name} {call}", launch
     if backends.BACKENDS["triton"].serves(torch.device(DEVICE), asked=True):
         yield from streams()
+        yield from tangents()
 
 
-def main() -> None:
+def main(part: int = 0, parts: int = 1) -> None:
     count = 0
-    for name, launch in calls():
+    for name, launch in islice(calls(), part, None, parts):
         print(name, flush=True)  # what ran last, if a tool ends the program
         launch()
         if DEVICE == "cuda":
@@ -134,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

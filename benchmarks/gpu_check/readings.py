@@ -11,6 +11,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from .process import Ran
@@ -114,27 +115,34 @@ def collected(ran: Sequence[Ran]) -> Reading:
     return _reading(ran, bool(counts) and min(counts) > 0, words)
 
 
+# As Compute Sanitizer 2025.1 to 2025.3 (CUDA 12.8 to 13.0) print it. Beyond --print-limit a second "ERROR
+# SUMMARY" says how many of the first were not printed. A report begins one blank after the mark ("Invalid
+# __global__ read", "Uninitialized", "Error: Race reported", "Potential invalid"); the rest of it is indented.
 _SUMMARY = re.compile(
-    r"ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?, (\d+) warn"
+    r"^=+ (?:ERROR SUMMARY: (\d+) errors?|"
+    r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, (\d+) warnings?\))\s*$",
+    re.M,
 )
-_ERROR = re.compile(r"^=+ ((?:Invalid|Uninitialized|Error|Warning|Misaligned|Race)[^\n]*)", re.M)
+_REPORT = re.compile(r"^=+ (?!COMPUTE-SANITIZER|[A-Z]+ SUMMARY)(\S[^\n]*)", re.M)
 
 
 def sanitizer(ran: Sequence[Ran]) -> Reading:
-    """Of compute-sanitizer, one command a tool; one that gave no summary found out nothing."""
-    rows, words, ok = [], [], True
+    """Of compute-sanitizer, commands called TOOL or TOOL-PART; one without a summary found out nothing."""
+    rows, words, tools, ok = [], [], {}, True
     for r in ran:
-        summaries = list(_SUMMARY.finditer(r.output))
-        if not summaries:
-            words.append(f"{r.name}: no summary")
-            ok = False
-            continue
-        errors = sum(int(m[1] or m[3] or 0) for m in summaries)
-        warnings = sum(int(m[4] or 0) for m in summaries)
-        what = list(dict.fromkeys(m[1].strip() for m in _ERROR.finditer(r.output)))[:5]
-        words.append(f"{r.name}: {errors} errors" + (f", {warnings} warnings" if warnings else ""))
-        rows.append({"name": r.name, "ok": errors == 0, "errors": errors, "warnings": warnings, "what": what})
-        ok &= errors == 0
+        tools.setdefault(r.name.partition("-")[0], []).append(r)
+    for tool, parts in tools.items():
+        found = [list(_SUMMARY.finditer(r.output)) for r in parts]
+        silent = [r.name for r, summaries in zip(parts, found) if not summaries]
+        errors = sum(int(m[1] or m[2]) for summaries in found for m in summaries)
+        warnings = sum(int(m[3] or 0) for summaries in found for m in summaries)
+        what = list(dict.fromkeys(m[1].strip() for r in parts for m in _REPORT.finditer(r.output)))[:5]
+        if len(silent) < len(parts):
+            words.append(f"{tool}: {errors} errors" + (f", {warnings} warnings" if warnings else ""))
+            row = {"name": tool, "ok": errors == 0, "errors": errors, "warnings": warnings, "what": what}
+            rows.append(row)
+        words += [f"{name}: no summary" for name in silent]
+        ok &= not errors and not silent
     return _reading(ran, ok, words, rows)
 
 
@@ -168,8 +176,16 @@ def bandwidth(ran: Sequence[Ran]) -> Reading:
     return _reading(ran, True, words, rows)
 
 
+# The parameters of a demangled kernel, after a name whose template arguments have casts: "f<(int)4>(A *, B)".
+_PARAMETERS = re.compile(r"\((?:[^()]|\([^()]*\))*\)$")
+
+
 def ncu(ran: Sequence[Ran]) -> Reading:
-    """Of ``ncu --csv``: one row a kernel launch and metric, under a header; other lines are the program's."""
+    """Of ``ncu --csv``: one row a kernel launch and metric, under a header; other lines are the program's.
+
+    As ncu 2024 and 2025 print it; with sections there are columns about rules behind. A counter that the card
+    has not is "n/a".
+    """
     rows: dict[tuple[str, str], dict] = {}
     for r in ran:
         lines = r.output.splitlines()
@@ -181,8 +197,7 @@ def ncu(ran: Sequence[Ran]) -> Reading:
         table = io.StringIO("\n".join(line for line in lines[start:] if line.startswith('"')))
         for line in csv.DictReader(table):
             key = line["ID"], line["Kernel Name"]
-            row = rows.setdefault(key, {"name": line["Kernel Name"].partition("(")[0]})
-            value = (line["Metric Value"] or "").replace(",", "")
-            if value:
-                row[line["Metric Name"]] = float(value)
+            row = rows.setdefault(key, {"name": _PARAMETERS.sub("", line["Kernel Name"])})
+            with suppress(ValueError):
+                row[line["Metric Name"]] = float(line["Metric Value"].replace(",", ""))
     return _reading(ran, bool(rows), [f"{len(rows)} launches"], list(rows.values()))

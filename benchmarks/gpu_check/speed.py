@@ -21,7 +21,7 @@ import torch
 from tightrope.cli.bench.cases import LOSSES, Case
 from tightrope.cli.bench.figures import ratio, spread
 from tightrope.cli.bench.inputs import Step, make_step
-from tightrope.cli.bench.measure import first_step, step_of, take_turns, three_gemms
+from tightrope.cli.bench.measure import StepOf, first_step, take_turns, three_gemms
 
 from .entries import ENTRIES, SHAPES, Entry
 from .record import record
@@ -41,7 +41,7 @@ def figures(entry: Entry, case: Case, step: Step) -> dict:
     memory, value = first_step(step, competitor, loss, case)
     works = {
         "gemms": lambda: three_gemms(step),
-        "entry": lambda: step_of(competitor.loss, step, loss),
+        "entry": StepOf(competitor.loss, step, loss),
     }
     for work in works.values():
         work()

@@ -364,7 +364,7 @@ def linear_arguments(
     workspace = plan.workspace_bytes(workspace_mb, space.device)
     noise = validation.gradient_noise(gradient_noise)
     return LinearArguments(
-        **scores.arguments(target), **vars(noise), backend=backend, skip=skip, workspace=workspace
+        **scores.arguments(target), **noise.named(), backend=backend, skip=skip, workspace=workspace
     )
 
 
