@@ -160,12 +160,18 @@ def flatten_rows(
     return flat if valid is None else torch.where(valid, flat, 0.0)
 
 
+# torch 2.11 chooses between no unsigned integers but bytes.
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
 def flatten_arg(arg: Tensor, tokens: torch.Size, valid: Tensor | None) -> Tensor:
     """A user's per-row tensor, of shape (..., *rest) or broadcastable to the tokens, as [N, *rest]."""
     rest = arg.shape[len(tokens) :] if arg.shape[: len(tokens)] == tokens else ()
     flat = arg.expand((*tokens, *rest)).reshape(math.prod(tokens), *rest)
     if valid is None:
         return flat
+    if flat.dtype in _SIGNED:
+        return flatten_arg(flat.view(_SIGNED[flat.dtype]), valid.shape, valid).view(flat.dtype)
     # A zero of its own dtype: a bool stays one.
     return torch.where(valid.view(-1, *(1,) * len(rest)), flat, flat.new_zeros(()))
 

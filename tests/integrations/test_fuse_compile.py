@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:.*should not be instantiated:DeprecationWarning"
     ),  # the compiler's own
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # and of torch 2.11
 ]
 
 

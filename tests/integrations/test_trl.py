@@ -9,7 +9,8 @@ import re
 import pytest
 import tiny
 import torch
-import trl
+
+trl = pytest.importorskip("trl", reason="trl is not installed")
 from trl.trainer import utils
 from trl_trainers import WARNINGS, V, dpo, grpo, history, kto, largest_allocation, sft
 

@@ -7,7 +7,8 @@ import sys
 import pytest
 import tiny
 import torch
-import trl
+
+trl = pytest.importorskip("trl", reason="trl is not installed")
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, PromptTuningConfig
 from trl.trainer import utils

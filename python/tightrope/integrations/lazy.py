@@ -61,7 +61,7 @@ _IN_ORDER = {
 def _keeps_order(function: Callable, args: tuple) -> bool:
     return (
         getattr(function, "__name__", "") in _IN_ORDER
-        and bool(args)
+        and len(args) > 0
         and isinstance(args[0], Materialized)
         and args[0].in_order
     )

@@ -60,8 +60,23 @@ class Request:
 
     def on(self, device: torch.device) -> Request:
         """With its tensors on the device to which a hook may have moved the hidden states."""
-        here = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in vars(self).items()}
-        return Request(**here)
+
+        def here(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device)
+
+        # Each by itself: torch.compile of torch 2.11 makes nothing of vars().
+        return Request(
+            here(self.target),
+            self.columns,
+            here(self.bias),
+            self.scale,
+            self.cap,
+            here(self.balance),
+            here(self.weight),
+            self.ignore_index,
+            self.reduction,
+            self.label_smoothing,
+        )
 
 
 class Objective:
