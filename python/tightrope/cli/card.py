@@ -48,9 +48,10 @@ def judge(
 ) -> list[Row]:
     """Every mode on the same held-out sequences, whatever mode they name."""
     rows = []
-    for mode in known.values():
-        prefix = modes.prefix(tokenizer, mode)
-        subject = evaluation.Subject.of(network)
+    prefixes = [modes.prefix(tokenizer, mode) for mode in known.values()]
+    samples = sample.sample(network, tokenizer, prefixes, seed)
+    subject = evaluation.Subject.of(network)
+    for mode, prefix, drawn in zip(known.values(), prefixes, samples):
         sums = torch.zeros(4, dtype=torch.float64)
         # Of one length at a time: no padding, whose positions some models count.
         for length in sorted({len(sequence.ids) for sequence in held_out}):
@@ -58,7 +59,6 @@ def judge(
             for start in range(0, len(alike), batch_size):
                 sums += _sums(subject, prefix, alike[start : start + batch_size])
         means = (sums[:3] / sums[3]).tolist()
-        drawn = sample.sample(network, tokenizer, seed, prefix=prefix)
         texts = tokenizer.batch_decode(drawn)
         rows.append(
             Row(mode.name, mode.balance, *means, sample.distinct(drawn, 1), sample.distinct(drawn, 2), texts)

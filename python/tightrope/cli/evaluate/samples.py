@@ -32,7 +32,7 @@ class Sampled(NamedTuple):
 def draw(name: str, loaded: Loaded, judge: evaluation.Subject, seed: int, temperature: float) -> Sampled:
     """Samples a model and measures the continuations."""
     network, tokenizer, _, prefix = loaded
-    continuations = sample.sample(network, tokenizer, seed, temperature, prefix)
+    (continuations,) = sample.sample(network, tokenizer, [prefix], seed, temperature)
     return Sampled(
         name,
         temperature,
