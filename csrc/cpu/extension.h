@@ -16,6 +16,7 @@
 
 #include "columns.h"
 #include "pairs.h"
+#include "product.h"
 #include "rows.h"
 #include "tangent_columns.h"
 #include "tangent_rows.h"
@@ -268,6 +269,43 @@ void pair_product_op(const Tensor& a, const Tensor& pairs, Tensor& out) {
       out.data_ptr<float>(), rows, cols, inner);
 }
 
+void panels_op(const Tensor& b, Tensor& out) {
+  TORCH_CHECK_VALUE(b.dim() == 2, "b has ", b.dim(), " dimensions, expected 2");
+  TORCH_CHECK_TYPE(b.scalar_type() == at::kFloat, "b is ", b.scalar_type(), ", expected float");
+  const int64_t inner = b.size(0), cols = b.size(1);
+  check(out, "out", {panel_count(cols), inner, kPanel}, at::kFloat);
+  const Strided from{b.const_data_ptr<float>(), b.stride(0), b.stride(1)};
+  float* const panels = out.data_ptr<float>();
+  for_parts(cols, kPanel, 1, [&](int64_t begin, int64_t end) {
+    pack_panels(from.from(0, begin), inner, end - begin, panels + begin * inner);
+  });
+}
+
+void product_op(const Tensor& a, const Tensor& b, Tensor& out, bool add) {
+  TORCH_CHECK_VALUE(
+      a.dim() == 2 && out.dim() == 2 && has_adjacent_entries(out), "a and out have shapes ",
+      a.sizes(), " and ", out.sizes(), ", out strides ", out.strides(),
+      ", expected two dimensions, those of out adjacent along the second");
+  const int64_t rows = out.size(0), cols = out.size(1), inner = a.size(1);
+  TORCH_CHECK_VALUE(a.size(0) == rows, "a has ", a.size(0), " rows, expected ", rows);
+  for (const Tensor* t : {&a, &b, const_cast<const Tensor*>(&out)}) {
+    TORCH_CHECK_TYPE(
+        t->scalar_type() == at::kFloat, "an operand is ", t->scalar_type(), ", expected float");
+  }
+  const Strided left{a.const_data_ptr<float>(), a.stride(0), a.stride(1)};
+  float* const to = out.data_ptr<float>();
+  if (b.dim() == 3) {
+    check(b, "b", {panel_count(cols), inner, kPanel}, at::kFloat);
+    product_of_panels(left, b.const_data_ptr<float>(), inner, to, out.stride(0), rows, cols, add);
+    return;
+  }
+  TORCH_CHECK_VALUE(
+      b.dim() == 2 && b.size(0) == inner && b.size(1) == cols && has_adjacent_entries(b),
+      "b has shape ", b.sizes(), " and strides ", b.strides(), ", expected [", inner, ", ", cols,
+      "], adjacent along the second");
+  product(left, b.const_data_ptr<float>(), b.stride(0), inner, to, out.stride(0), rows, cols, add);
+}
+
 // Whether the columns of all that a kernel of second order goes over are contiguous. Their strides
 // differ, but not in what is contiguous.
 inline bool is_transposed(const Tensor& logits, at::ArrayRef<Tensor> others) {
@@ -369,6 +407,8 @@ TORCH_LIBRARY_IMPL(tightrope, CPU, m) {
   m.impl("row_grad_sums", TORCH_FN(tightrope::cpu::row_grad_sums_op));
   m.impl("column_sums", TORCH_FN(tightrope::cpu::column_sums_op));
   m.impl("pair_product", TORCH_FN(tightrope::cpu::pair_product_op));
+  m.impl("panels", TORCH_FN(tightrope::cpu::panels_op));
+  m.impl("product", TORCH_FN(tightrope::cpu::product_op));
   m.impl("row_tangent", TORCH_FN(tightrope::cpu::row_tangent_op));
   m.impl("row_grad_tangent", TORCH_FN(tightrope::cpu::row_grad_tangent_op));
 }
@@ -377,5 +417,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Tightrope's CPU kernels, built for one instruction set.";
   m.attr("capability") = TIGHTROPE_STRING(CPU_CAPABILITY);
   m.attr("pairs") = tightrope::cpu::has_pair_products();
+  m.attr("panel") = tightrope::cpu::kPanel;
   m.attr("lanes") = at::vec::Vectorized<float>::size();
 }

@@ -28,7 +28,7 @@ from ..statistics import (
 from ..support import RowSets
 from ..targets import Target, TargetChunk, out_of_range
 from . import plan
-from .gemm import multiply, operand_dtype, result_dtype, widens
+from .gemm import multiply, operand_dtype, packed, result_dtype, widens
 from .teacher import TeacherRows
 
 
@@ -327,9 +327,10 @@ class LinearProblem(_Scored):
         return product is not None and fits and self.input.dtype == self.weight.dtype == torch.bfloat16
 
     def factor(self, hidden: Tensor) -> Tensor:
-        """Hidden states [n, D] as `raw_logits` takes them."""
+        """Hidden states [n, D] as `raw_logits` takes them best where it meets them more than once."""
         if not self.pairs or self.dtype != torch.float32:
-            return hidden
+            across = packed(hidden.t())
+            return across if across.dim() == 3 else hidden
         # Two bfloat16 are one int32, which is transposed faster. They were bfloat16 before they were float32.
         pairs = hidden.to(torch.bfloat16).contiguous().view(torch.int32).t()
         # To memory of its own: of one row the transpose counts as contiguous, whatever its strides.
@@ -349,16 +350,20 @@ class LinearProblem(_Scored):
         head: that of the tile, where it is at hand.
         """
         raw = self.place(memory, chunk.size, tile[1] - tile[0])
-        if factor.dim() == 3:
+        if factor.dim() == 3 and factor.dtype == torch.bfloat16:
             self.backend.pair_product(self.weight[tile[0] : tile[1]], factor, raw.t())
         else:
             self.product(factor, self.head(*tile) if head is None else head, raw)
         return raw if chunk.temperature is None else raw.copy_(self.tempered(raw, chunk, tile))
 
     def product(self, hidden: Tensor, head: Tensor, out: Tensor, accumulate: bool = False) -> None:
-        """``hidden @ head.T`` to out [n, T], which `place` laid out, or added to it."""
+        """``hidden @ head.T`` to out [n, T], which `place` laid out, or added to it.
+
+        hidden: [n, D], or what `packed` made of its transpose.
+        """
         if self.device.type == "cpu":
-            multiply(head, hidden.t(), out.t(), rows="n", accumulate=accumulate)
+            across = hidden if hidden.dim() == 3 else hidden.t()
+            multiply(head, across, out.t(), rows="n", accumulate=accumulate)
         else:
             multiply(hidden, head.t(), out, rows="m", accumulate=accumulate)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import Arguments, group
-from .gemm import multiply
+from .gemm import multiply, packed
 from .problem import Chunk, LinearProblem
 
 Tile = tuple[int, int]
@@ -79,6 +79,8 @@ def multiply_tiles(
     if to_input is not None:
         make = torch.empty_like if problem.columns else torch.zeros_like
         hidden_grad = to_input[chunk.where] if in_place else make(hidden, dtype=problem.dtype)
+    if to_weight is not None:
+        hidden = packed(hidden)
     for tile, grad in grads:
         if to_input is not None:
             multiply(grad, problem.head(*tile), hidden_grad, rows="m", accumulate=tile[0] > 0)

@@ -1,0 +1,180 @@
+// Products of float32 matrices, for CPUs on which the library that PyTorch calls stays behind.
+//
+// One operand goes by in panels, three vectors wide and zero past its end, so that the innermost
+// loop meets memory in order; of the other one entry at a time is spread over a vector, so that it
+// may lie in any way. A result is written where it is wanted, and added up in an order that depends
+// on the inner dimension alone: not on the threads, nor on the rows beside it.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace tightrope::cpu {
+inline namespace CPU_CAPABILITY {
+
+using Lanes = at::vec::Vectorized<float>;
+constexpr int64_t kPanel = 3 * Lanes::size();
+// Rows of a block of sums that stays in registers: of 32 where there are 32.
+constexpr int64_t kTall = Lanes::size() == 16 ? 8 : 4;
+// Inner entries that are summed before the sums are put down: a panel of so many stays in the
+// first-level cache where it meets many rows, and in the second where it meets few.
+constexpr int64_t kInner = 256, kInnerOfPanels = 640;
+// Elements of panels that a thread goes over for each block of rows: in the second-level cache.
+constexpr int64_t kCached = 224 * 1024;
+
+// A matrix whose entry (i, k) is data[i * row + k * step].
+struct Strided {
+  const float* data;
+  int64_t row, step;
+
+  Strided from(int64_t i, int64_t k) const { return {data + i * row + k * step, row, step}; }
+};
+
+// out [kRows, cols] = or += a [kRows, inner] times a panel [inner, kPanel], cols at most kVectors
+// vectors.
+template <int kRows, int kVectors>
+void multiply_block(
+    Strided a, const float* panel, int64_t inner, float* out, int64_t stride, int64_t cols,
+    bool add) {
+  Lanes sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) {
+      __builtin_prefetch(out + i * stride + v * Lanes::size(), 1);
+      sums[i][v] = Lanes(0.0f);
+    }
+  }
+  const float* entry = a.data;
+  for (int64_t k = 0; k < inner; ++k, entry += a.step, panel += kPanel) {
+    Lanes b[kVectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) b[v] = Lanes::loadu(panel + v * Lanes::size());
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Lanes spread(entry[i * a.row]);
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) sums[i][v] = at::vec::fmadd(spread, b[v], sums[i][v]);
+    }
+  }
+  const int64_t last = cols - (kVectors - 1) * Lanes::size();
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) {
+      float* const to = out + i * stride + v * Lanes::size();
+      const int64_t count = v + 1 < kVectors ? Lanes::size() : last;
+      if (count == Lanes::size()) {
+        (add ? sums[i][v] + Lanes::loadu(to) : sums[i][v]).store(to);
+      } else {
+        (add ? sums[i][v] + Lanes::loadu(to, count) : sums[i][v]).store(to, count);
+      }
+    }
+  }
+}
+
+// The same of any number of rows.
+template <int kVectors>
+void multiply_panel(
+    Strided a, const float* panel, int64_t inner, float* out, int64_t stride, int64_t rows,
+    int64_t cols, bool add) {
+  int64_t i = 0;
+  const auto go = [&](auto count) {
+    for (; i + count <= rows; i += count) {
+      multiply_block<count, kVectors>(
+          a.from(i, 0), panel, inner, out + i * stride, stride, cols, add);
+    }
+  };
+  go(std::integral_constant<int, kTall>());
+  go(std::integral_constant<int, 4>());
+  go(std::integral_constant<int, 2>());
+  go(std::integral_constant<int, 1>());
+}
+
+// out [rows, cols] = or += a [rows, inner] times panels, `apart` elements from each other.
+inline void multiply_panels(
+    Strided a, const float* panels, int64_t apart, int64_t inner, float* out, int64_t stride,
+    int64_t rows, int64_t cols, bool add) {
+  for (int64_t first = 0; first < cols; first += kPanel, panels += apart) {
+    const int64_t count = std::min(kPanel, cols - first);
+    const auto run = count > 2 * Lanes::size() ? multiply_panel<3>
+                     : count > Lanes::size()   ? multiply_panel<2>
+                                               : multiply_panel<1>;
+    run(a, panels, inner, out + first, stride, rows, count, add);
+  }
+}
+
+// Packs b [inner, cols] in panels [ceil(cols / kPanel), inner, kPanel].
+inline void pack_panels(Strided b, int64_t inner, int64_t cols, float* panels) {
+  for (int64_t first = 0; first < cols; first += kPanel, panels += inner * kPanel) {
+    const int64_t count = std::min(kPanel, cols - first);
+    if (count < kPanel) std::fill_n(panels, inner * kPanel, 0.0f);
+    for (int64_t k = 0; k < inner; ++k) {
+      const float* const from = b.from(k, first).data;
+      if (b.step == 1) {
+        std::copy_n(from, count, panels + k * kPanel);
+      } else {
+        for (int64_t j = 0; j < count; ++j) panels[k * kPanel + j] = from[j * b.step];
+      }
+    }
+  }
+}
+
+// The panels that `cols` columns make.
+inline int64_t panel_count(int64_t cols) {
+  return (cols + kPanel - 1) / kPanel;
+}
+
+// Calls f(begin, end) for parts of [0, size), one a thread, in multiples of `unit`.
+template <class F>
+void for_parts(int64_t size, int64_t unit, int64_t grain, F f) {
+  at::parallel_for(0, (size + unit - 1) / unit, grain, [&](int64_t begin, int64_t end) {
+    f(begin * unit, std::min(end * unit, size));
+  });
+}
+
+// out [rows, cols] = or += a [rows, inner] times what `pack_panels` made of the other.
+inline void product_of_panels(
+    Strided a, const float* panels, int64_t inner, float* out, int64_t stride, int64_t rows,
+    int64_t cols, bool add) {
+  const int64_t depth = (inner + kInnerOfPanels - 1) / kInnerOfPanels;
+  const int64_t most = std::max<int64_t>((inner + depth - 1) / std::max<int64_t>(depth, 1), 1);
+  // Where the panels stay in cache they pass by each few rows, which stay in the first-level one.
+  const int64_t together = most * cols <= kCached ? kTall : 8 * kTall;
+  for_parts(rows, kTall, 1 + 65536 / (kTall * cols * inner + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t k = 0; k < inner; k += most) {
+      const int64_t count = std::min(most, inner - k);
+      for (int64_t i = begin; i < end; i += together) {
+        multiply_panels(
+            a.from(i, k), panels + k * kPanel, inner * kPanel, count, out + i * stride, stride,
+            std::min(together, end - i), cols, add || k > 0);
+      }
+    }
+  });
+}
+
+// out [rows, cols] = or += a [rows, inner] times b [inner, cols], which each thread packs as it
+// goes.
+inline void product(
+    Strided a, const float* b, int64_t b_stride, int64_t inner, float* out, int64_t stride,
+    int64_t rows, int64_t cols, bool add) {
+  for_parts(cols, kPanel, 1 + 65536 / (kPanel * rows * inner + 1), [&](int64_t begin, int64_t end) {
+    const int64_t width = end - begin, panels = (width + kPanel - 1) / kPanel;
+    std::vector<float> packed(panels * kPanel * std::min(kInner, inner));
+    for (int64_t k = 0; k < inner; k += kInner) {
+      const int64_t count = std::min(kInner, inner - k);
+      pack_panels({b + k * b_stride + begin, b_stride, 1}, count, width, packed.data());
+      multiply_panels(
+          a.from(0, k), packed.data(), count * kPanel, count, out + begin, stride, rows, width,
+          add || k > 0);
+    }
+  });
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace tightrope::cpu
