@@ -58,31 +58,41 @@ def test_a_scaled_product_and_narrower_operands(library):
 PRODUCTS = [pytest.param(ops, id="eager"), pytest.param(torch.ops.tightrope, id="cpu", marks=HAS_OWN)]
 
 
+def of_panels(products, b):
+    """b [k, n] as the products take it packed."""
+    width = 48 if products is ops else backends.PANEL
+    panels = torch.full((-(-b.shape[1] // width), b.shape[0], width), torch.nan)
+    products.panels(b, panels)
+    return panels
+
+
+def noise(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 # Around a panel, a block of rows, and the depths at which sums are put down.
 @pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("m", [1, 7, 16, 67])
-@pytest.mark.parametrize("k", [1, 255, 257, 1281])
+@pytest.mark.parametrize("k", [1, 255, 257, 513, 1281])
 @pytest.mark.parametrize("n", [1, 16, 33, 48, 49, 145])
 @pytest.mark.parametrize("add", [False, True])
-def test_own_products(products, m, k, n, add):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.one_in(3)
+def test_own_products(dtype, products, m, k, n, add):
     """A tail that is left out or written past its end, sums that are put down twice, or a stride ignored."""
-    make = torch.Generator().manual_seed(m + k + n)
-    wide_a, wide_b, wide = (
-        torch.randn(rows, cols + 3, generator=make) for rows, cols in ((k, m), (k, n), (m, n))
-    )
+    wide_a, wide_b, wide = noise(k, m + 3, seed=1), noise(k, n + 3, seed=2), noise(m, n + 3, seed=3)
+    wide_b = wide_b.to(dtype)
     for a in (wide_a[:, :m].t(), wide_a[:, :m].t().contiguous()):
-        for b in (wide_b[:, :n], wide_b[:, :n].t().contiguous().t()):
-            panels = torch.full((-(-n // 48), k, 48), torch.nan)
-            if products is not ops:
-                panels = torch.full((-(-n // backends.PANEL), k, backends.PANEL), torch.nan)
-            products.panels(b, panels)
-            for factor in (b, panels) if b.stride(1) == 1 else (panels,):
-                out = wide.clone()
-                products.product(a, factor, out[:, :n], add)
-                exact = a.double() @ b.double() + (wide[:, :n].double() if add else 0)
-                size = a.double().norm(dim=1, keepdim=True) * b.double().norm(dim=0) + 1
-                assert ((out[:, :n] - exact).abs() <= 1e-6 * size).all()
-                assert torch.equal(out[:, n:], wide[:, n:])
+        factors = [wide_b[:, :n], wide_b[:, :n].t().contiguous().t()]
+        if dtype == torch.float32:
+            factors += [of_panels(products, b) for b in factors]
+        exact = a.double() @ factors[0].double() + (wide[:, :n].double() if add else 0)
+        size = a.double().norm(dim=1, keepdim=True) * factors[0].double().norm(dim=0) + 1
+        for factor in factors:
+            out = wide.clone()
+            products.product(a, factor, out[:, :n], add)
+            assert ((out[:, :n] - exact).abs() <= 1e-6 * size).all()
+            assert torch.equal(out[:, n:], wide[:, n:])
 
 
 @pytest.mark.parametrize("products", PRODUCTS)

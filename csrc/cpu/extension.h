@@ -269,14 +269,19 @@ void pair_product_op(const Tensor& a, const Tensor& pairs, Tensor& out) {
       out.data_ptr<float>(), rows, cols, inner);
 }
 
+template <class S>
+Strided<S> make_strided(const Tensor& t) {
+  return {t.const_data_ptr<S>(), t.stride(0), t.stride(1)};
+}
+
 void panels_op(const Tensor& b, Tensor& out) {
   TORCH_CHECK_VALUE(b.dim() == 2, "b has ", b.dim(), " dimensions, expected 2");
   TORCH_CHECK_TYPE(b.scalar_type() == at::kFloat, "b is ", b.scalar_type(), ", expected float");
   const int64_t inner = b.size(0), cols = b.size(1);
   check(out, "out", {panel_count(cols), inner, kPanel}, at::kFloat);
-  const Strided from{b.const_data_ptr<float>(), b.stride(0), b.stride(1)};
+  const auto from = make_strided<float>(b);
   float* const panels = out.data_ptr<float>();
-  for_parts(cols, kPanel, 1, [&](int64_t begin, int64_t end) {
+  for_parts(cols, kPanel, units_of(16 * inner * kPanel), [&](int64_t begin, int64_t end) {
     pack_panels(from.from(0, begin), inner, end - begin, panels + begin * inner);
   });
 }
@@ -288,22 +293,29 @@ void product_op(const Tensor& a, const Tensor& b, Tensor& out, bool add) {
       ", expected two dimensions, those of out adjacent along the second");
   const int64_t rows = out.size(0), cols = out.size(1), inner = a.size(1);
   TORCH_CHECK_VALUE(a.size(0) == rows, "a has ", a.size(0), " rows, expected ", rows);
-  for (const Tensor* t : {&a, &b, const_cast<const Tensor*>(&out)}) {
+  for (const Tensor* t : {&a, const_cast<const Tensor*>(&out)}) {
     TORCH_CHECK_TYPE(
-        t->scalar_type() == at::kFloat, "an operand is ", t->scalar_type(), ", expected float");
+        t->scalar_type() == at::kFloat, "a or out is ", t->scalar_type(), ", expected float");
   }
-  const Strided left{a.const_data_ptr<float>(), a.stride(0), a.stride(1)};
-  float* const to = out.data_ptr<float>();
-  if (b.dim() == 3) {
+  const auto run = [&](auto kernel, auto factor) {
+    kernel(
+        make_strided<float>(a), factor, inner, out.data_ptr<float>(), out.stride(0), rows, cols,
+        add);
+  };
+  if (b.dim() != 2) {
     check(b, "b", {panel_count(cols), inner, kPanel}, at::kFloat);
-    product_of_panels(left, b.const_data_ptr<float>(), inner, to, out.stride(0), rows, cols, add);
+    run(product_of_panels, b.const_data_ptr<float>());
     return;
   }
   TORCH_CHECK_VALUE(
-      b.dim() == 2 && b.size(0) == inner && b.size(1) == cols && has_adjacent_entries(b),
-      "b has shape ", b.sizes(), " and strides ", b.strides(), ", expected [", inner, ", ", cols,
-      "], adjacent along the second");
-  product(left, b.const_data_ptr<float>(), b.stride(0), inner, to, out.stride(0), rows, cols, add);
+      b.size(0) == inner && b.size(1) == cols, "b has shape ", b.sizes(), ", expected [", inner,
+      ", ", cols, "]");
+  if (b.scalar_type() == at::kBFloat16) {
+    run(product<at::BFloat16>, make_strided<at::BFloat16>(b));
+  } else {
+    TORCH_CHECK_TYPE(b.scalar_type() == at::kFloat, "b is ", b.scalar_type(), ", expected float");
+    run(product<float>, make_strided<float>(b));
+  }
 }
 
 // Whether the columns of all that a kernel of second order goes over are contiguous. Their strides

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 namespace tightrope::cpu {
@@ -27,9 +28,15 @@ constexpr int64_t kInner = 256, kInnerOfPanels = 640;
 // Elements of panels that a thread goes over for each block of rows: in the second-level cache.
 constexpr int64_t kCached = 224 * 1024;
 
+// The panels that `cols` columns make.
+inline int64_t panel_count(int64_t cols) {
+  return (cols + kPanel - 1) / kPanel;
+}
+
 // A matrix whose entry (i, k) is data[i * row + k * step].
+template <class E>
 struct Strided {
-  const float* data;
+  const E* data;
   int64_t row, step;
 
   Strided from(int64_t i, int64_t k) const { return {data + i * row + k * step, row, step}; }
@@ -39,7 +46,7 @@ struct Strided {
 // vectors.
 template <int kRows, int kVectors>
 void multiply_block(
-    Strided a, const float* panel, int64_t inner, float* out, int64_t stride, int64_t cols,
+    Strided<float> a, const float* panel, int64_t inner, float* out, int64_t stride, int64_t cols,
     bool add) {
   Lanes sums[kRows][kVectors];
 #pragma GCC unroll 8
@@ -81,7 +88,7 @@ void multiply_block(
 // The same of any number of rows.
 template <int kVectors>
 void multiply_panel(
-    Strided a, const float* panel, int64_t inner, float* out, int64_t stride, int64_t rows,
+    Strided<float> a, const float* panel, int64_t inner, float* out, int64_t stride, int64_t rows,
     int64_t cols, bool add) {
   int64_t i = 0;
   const auto go = [&](auto count) {
@@ -96,11 +103,36 @@ void multiply_panel(
   go(std::integral_constant<int, 1>());
 }
 
+// Brings memory that is wanted next into the second-level cache, some of it in each of so many
+// steps: rows of `bytes`, `apart` from each other.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const void* from, int64_t rows, int64_t bytes, int64_t apart, int64_t steps)
+      : from_(static_cast<const char*>(from)),
+        lines_((bytes + 63) / 64),
+        apart_(apart),
+        left_(rows * lines_),
+        each_((left_ + steps - 1) / std::max<int64_t>(steps, 1)) {}
+
+  void next() {
+    for (int64_t n = std::min(each_, left_); n > 0; --n, --left_) {
+      __builtin_prefetch(from_ + line_ * 64, 0, 2);
+      if (++line_ == lines_) line_ = 0, from_ += apart_;
+    }
+  }
+
+ private:
+  const char* from_ = nullptr;
+  int64_t lines_ = 0, apart_ = 0, left_ = 0, each_ = 0, line_ = 0;
+};
+
 // out [rows, cols] = or += a [rows, inner] times panels, `apart` elements from each other.
 inline void multiply_panels(
-    Strided a, const float* panels, int64_t apart, int64_t inner, float* out, int64_t stride,
-    int64_t rows, int64_t cols, bool add) {
+    Strided<float> a, const float* panels, int64_t apart, int64_t inner, float* out, int64_t stride,
+    int64_t rows, int64_t cols, bool add, Ahead& ahead) {
   for (int64_t first = 0; first < cols; first += kPanel, panels += apart) {
+    ahead.next();
     const int64_t count = std::min(kPanel, cols - first);
     const auto run = count > 2 * Lanes::size() ? multiply_panel<3>
                      : count > Lanes::size()   ? multiply_panel<2>
@@ -109,25 +141,23 @@ inline void multiply_panels(
   }
 }
 
-// Packs b [inner, cols] in panels [ceil(cols / kPanel), inner, kPanel].
-inline void pack_panels(Strided b, int64_t inner, int64_t cols, float* panels) {
+// Packs b [inner, cols], of float32 or what is converted to it, in panels [ceil(cols / kPanel),
+// inner, kPanel].
+template <class S>
+void pack_panels(Strided<S> b, int64_t inner, int64_t cols, float* panels) {
   for (int64_t first = 0; first < cols; first += kPanel, panels += inner * kPanel) {
     const int64_t count = std::min(kPanel, cols - first);
     if (count < kPanel) std::fill_n(panels, inner * kPanel, 0.0f);
     for (int64_t k = 0; k < inner; ++k) {
-      const float* const from = b.from(k, first).data;
+      const S* const from = b.from(k, first).data;
+      float* const to = panels + k * kPanel;
       if (b.step == 1) {
-        std::copy_n(from, count, panels + k * kPanel);
+        for (int64_t j = 0; j < count; ++j) to[j] = static_cast<float>(from[j]);
       } else {
-        for (int64_t j = 0; j < count; ++j) panels[k * kPanel + j] = from[j * b.step];
+        for (int64_t j = 0; j < count; ++j) to[j] = static_cast<float>(from[j * b.step]);
       }
     }
   }
-}
-
-// The panels that `cols` columns make.
-inline int64_t panel_count(int64_t cols) {
-  return (cols + kPanel - 1) / kPanel;
 }
 
 // Calls f(begin, end) for parts of [0, size), one a thread, in multiples of `unit`.
@@ -138,40 +168,79 @@ void for_parts(int64_t size, int64_t unit, int64_t grain, F f) {
   });
 }
 
+// Rows that go over panels together, of so many entries along the inner dimension: few where the
+// panels stay in cache, since the rows then stay in the first-level one.
+inline int64_t rows_together(int64_t inner, int64_t cols) {
+  return inner * cols <= kCached ? kTall : 8 * kTall;
+}
+
+// How many are worth a thread, of units that cost so many products each.
+inline int64_t units_of(int64_t products) {
+  return 1 + (1 << 20) / (products + 1);
+}
+
 // out [rows, cols] = or += a [rows, inner] times what `pack_panels` made of the other.
 inline void product_of_panels(
-    Strided a, const float* panels, int64_t inner, float* out, int64_t stride, int64_t rows,
+    Strided<float> a, const float* panels, int64_t inner, float* out, int64_t stride, int64_t rows,
     int64_t cols, bool add) {
-  const int64_t depth = (inner + kInnerOfPanels - 1) / kInnerOfPanels;
-  const int64_t most = std::max<int64_t>((inner + depth - 1) / std::max<int64_t>(depth, 1), 1);
-  // Where the panels stay in cache they pass by each few rows, which stay in the first-level one.
-  const int64_t together = most * cols <= kCached ? kTall : 8 * kTall;
-  for_parts(rows, kTall, 1 + 65536 / (kTall * cols * inner + 1), [&](int64_t begin, int64_t end) {
+  const int64_t depth = std::max<int64_t>((inner + kInnerOfPanels - 1) / kInnerOfPanels, 1);
+  const int64_t most = (inner + depth - 1) / depth, together = rows_together(most, cols);
+  for_parts(rows, kTall, units_of(kTall * cols * inner), [&](int64_t begin, int64_t end) {
     for (int64_t k = 0; k < inner; k += most) {
       const int64_t count = std::min(most, inner - k);
       for (int64_t i = begin; i < end; i += together) {
+        const int64_t here = std::min(together, end - i);
+        Ahead ahead;
+        if (a.step == 1 && i + here < end) {
+          const int64_t bytes = count * sizeof(float), apart = a.row * sizeof(float);
+          ahead = {
+              a.from(i + here, k).data, std::min(here, end - i - here), bytes, apart,
+              panel_count(cols)};
+        }
         multiply_panels(
             a.from(i, k), panels + k * kPanel, inner * kPanel, count, out + i * stride, stride,
-            std::min(together, end - i), cols, add || k > 0);
+            here, cols, add || k > 0, ahead);
       }
     }
   });
 }
 
+// kTall rows of a, or what there is of them, adjacent to each other: in memory [inner, kTall] where
+// those of a are not.
+inline Strided<float> adjacent_rows(Strided<float> a, int64_t rows, int64_t inner, float* memory) {
+  if (a.row != 1) return a;
+  for (int64_t k = 0; k < inner; ++k) {
+    for (int64_t i = 0; i < rows; ++i) memory[k * kTall + i] = a.from(i, k).data[0];
+  }
+  return {memory, 1, kTall};
+}
+
 // out [rows, cols] = or += a [rows, inner] times b [inner, cols], which each thread packs as it
 // goes.
-inline void product(
-    Strided a, const float* b, int64_t b_stride, int64_t inner, float* out, int64_t stride,
-    int64_t rows, int64_t cols, bool add) {
-  for_parts(cols, kPanel, 1 + 65536 / (kPanel * rows * inner + 1), [&](int64_t begin, int64_t end) {
-    const int64_t width = end - begin, panels = (width + kPanel - 1) / kPanel;
-    std::vector<float> packed(panels * kPanel * std::min(kInner, inner));
-    for (int64_t k = 0; k < inner; k += kInner) {
-      const int64_t count = std::min(kInner, inner - k);
-      pack_panels({b + k * b_stride + begin, b_stride, 1}, count, width, packed.data());
-      multiply_panels(
-          a.from(0, k), packed.data(), count * kPanel, count, out + begin, stride, rows, width,
-          add || k > 0);
+template <class S>
+void product(
+    Strided<float> a, Strided<S> b, int64_t inner, float* out, int64_t stride, int64_t rows,
+    int64_t cols, bool add) {
+  for_parts(cols, kPanel, units_of(kPanel * rows * inner), [&](int64_t begin, int64_t end) {
+    const int64_t width = end - begin, most = std::min(kInner, inner);
+    std::vector<float> packed((panel_count(width) * kPanel + kTall) * most);
+    float* const of_rows = packed.data() + panel_count(width) * kPanel * most;
+    for (int64_t k = 0; k < inner; k += most) {
+      const int64_t count = std::min(most, inner - k);
+      pack_panels(b.from(k, begin), count, width, packed.data());
+      Ahead ahead;
+      if (b.step == 1 && k + most < inner) {
+        ahead = {
+            b.from(k + most, begin).data, std::min(most, inner - k - most),
+            width * static_cast<int64_t>(sizeof(S)), b.row * static_cast<int64_t>(sizeof(S)),
+            panel_count(width) * ((rows + kTall - 1) / kTall)};
+      }
+      for (int64_t i = 0; i < rows; i += kTall) {
+        const int64_t here = std::min(kTall, rows - i);
+        multiply_panels(
+            adjacent_rows(a.from(i, k), here, count, of_rows), packed.data(), count * kPanel, count,
+            out + i * stride + begin, stride, here, width, add || k > 0, ahead);
+      }
     }
   });
 }

@@ -15,8 +15,8 @@ column_sums writes sums [r + 1, T] over the columns of gradients [R, T] times a 
 along [r, R], and their squares. row_grad_sums is row_grad, and this of what it writes, in one pass.
 pair_product writes out [M, N] = a [M, K] times pairs [K / 2, N, 2], bfloat16 both, K even, in float32.
 panels writes b [K, N] to out [P, K, w]: P panels of w columns each, what is missing of the last one as zeros.
-product writes out [M, N] = a [M, K] times b, which is [K, N], adjacent along N, or its panels; with add it is
-added to out. float32, adjacent along N; a may lie in any way.
+product writes out [M, N] = a [M, K] times b, which is [K, N] or its panels; with add it is added to out,
+which is adjacent along N. All are float32, but for b [K, N], which may be bfloat16.
 row_loss_grad takes whole rows: with upstream [11, R] (`RowUpstream`) it writes partial, argmax and out in one
 go; where the backend fuses, an out of a narrower dtype may have the front of each row's memory.
 Arithmetic is float32, float64 for float64 logits; all but logits and out have that dtype.
@@ -225,7 +225,7 @@ def product(a, b, out, add) -> None:
     """Write a product to out, or add it; see the top of this file."""
     if b.dim() == 3:
         b = b.transpose(0, 1).flatten(1)[:, : out.shape[1]]
-    torch.addmm(out, a, b, beta=int(add), out=out)
+    torch.addmm(out, a, b.to(a.dtype), beta=int(add), out=out)
 
 
 def row_loss_grad(logits, out, partial, argmax, upstream, *arguments) -> None:

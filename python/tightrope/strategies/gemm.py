@@ -43,18 +43,17 @@ def multiply(
     """
     if scale is not None:
         return _put(multiply(a, b, torch.empty_like(out), rows=rows).mul_(scale), out, accumulate)
-    if a.dtype != out.dtype:
-        if widens(a.device, a.dtype):
-            return torch.addmm(out, a, b, beta=int(accumulate), out_dtype=out.dtype, out=out)
-        a, b = a.to(out.dtype), b.to(out.dtype)
+    if a.dtype != out.dtype and widens(a.device, a.dtype):
+        return torch.addmm(out, a, b, beta=int(accumulate), out_dtype=out.dtype, out=out)
+    a = a.to(out.dtype)
     if a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and b.numel():
         if _prefers_own():
             return _by_own(a, b, out, accumulate)
         if _prefers_onednn():
-            _by_onednn(a, b, out, accumulate, rows)
+            _by_onednn(a, b.to(a.dtype), out, accumulate, rows)
             return out
     # With beta = 0 a GEMM overwrites its output without reading it.
-    return torch.addmm(out, a, b, beta=int(accumulate), out=out)
+    return torch.addmm(out, a, b.to(a.dtype), beta=int(accumulate), out=out)
 
 
 def packed(b: Tensor) -> Tensor:
@@ -68,11 +67,9 @@ def packed(b: Tensor) -> Tensor:
 
 def _by_own(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> Tensor:
     if out.shape[1] > 1 and out.stride(1) != 1:
-        _by_own(b.t(), a.t(), out.t(), accumulate)
-        return out
-    if b.dim() == 2 and b.shape[1] > 1 and b.stride(1) != 1:
-        b = packed(b)
-    torch.ops.tightrope.product(a, b, out, accumulate)
+        _by_own(b.t().to(out.dtype), a.t(), out.t(), accumulate)
+    else:
+        torch.ops.tightrope.product(a, b if b.dtype == torch.bfloat16 else b.to(out.dtype), out, accumulate)
     return out
 
 

@@ -309,6 +309,10 @@ class LinearProblem(_Scored):
         """Rows start:stop of the head, [T, D]."""
         return self.weight[start:stop].to(self.operand)
 
+    def gradient_head(self, start: int, stop: int) -> Tensor:
+        """Rows start:stop of the head, for products with gradients of logits: `multiply` converts them."""
+        return self.weight[start:stop] if self.pairs else self.head(start, stop)
+
     def head_bias(self, start: int, stop: int) -> Tensor | None:
         return None if self.bias is None else self.bias[start:stop].to(self.dtype).contiguous()
 
@@ -324,11 +328,12 @@ class LinearProblem(_Scored):
         """Whether logits are made of bfloat16 tensors as they are, in float32."""
         product, widths = self.backend.pair_product, (self.weight.shape[1], *self.weight.stride())
         fits = widths[0] % 2 == 0 and widths[0] > 0 and widths[2] == 1
-        return product is not None and fits and self.input.dtype == self.weight.dtype == torch.bfloat16
+        narrow = self.input.dtype == self.weight.dtype == torch.bfloat16 and self.dtype == torch.float32
+        return product is not None and fits and narrow
 
     def factor(self, hidden: Tensor) -> Tensor:
         """Hidden states [n, D] as `raw_logits` takes them best where it meets them more than once."""
-        if not self.pairs or self.dtype != torch.float32:
+        if not self.pairs:
             across = packed(hidden.t())
             return across if across.dim() == 3 else hidden
         # Two bfloat16 are one int32, which is transposed faster. They were bfloat16 before they were float32.
