@@ -28,7 +28,7 @@ from helpers import (
     randn,
     top_k,
 )
-from tightrope import reference
+from tightrope import backends, reference
 from tightrope.statistics import empty_partial, empty_sides
 
 # The compiler's own use of deprecated parts of PyTorch.
@@ -256,6 +256,8 @@ PRIMITIVES = {
         "row_grad_tangent",
         "column_sums",
         "pair_product",
+        "panels",
+        "product",
     )
 }
 
@@ -296,6 +298,11 @@ def test_primitives(name, kind):
     elif name.endswith("pair_product"):
         a, pairs = randn(8, 6, dtype=torch.bfloat16), randn(3, rows, 2, dtype=torch.bfloat16)
         args = (a, pairs, torch.full((8, rows), torch.nan))
+    elif name.endswith("panels"):
+        width = backends.PANEL or 16
+        args = (logits, torch.full((-(-logits.shape[1] // width), rows, width), torch.nan))
+    elif name.endswith("::product"):
+        args = (logits.t(), randn(rows, 6), torch.full((logits.shape[1], 6), torch.nan), False)
     elif name.endswith("column_sums"):
         args = (logits, randn(2, rows), 4.0, torch.full((3, logits.shape[1]), torch.nan))
     elif name.endswith("row_sides"):

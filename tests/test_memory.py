@@ -209,6 +209,7 @@ def test_only_the_gradients_are_fresh_memory():
     script = """
 import resource, torch, tightrope
 from tightrope.strategies import gemm
+gemm._prefers_own = lambda: False
 if gemm.has_onednn():
     gemm._prefers_onednn = lambda: True  # which makes the most temporaries
 hidden, weight = torch.randn(256, 64, requires_grad=True), torch.randn(150000, 64, requires_grad=True)
@@ -252,7 +253,7 @@ from tightrope.strategies import gemm
 torch.set_num_threads(2)
 random.seed(0)
 if {onednn}:
-    gemm._prefers_onednn = lambda: True
+    gemm._prefers_own, gemm._prefers_onednn = lambda: False, lambda: True
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 hidden, target = torch.randn({most}, {width}), torch.randint({vocab}, ({most},))

@@ -51,6 +51,10 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 _extension, _extension_detail = _load_extension()
 
 
+# Columns in a panel of the CPU extension's own products (`ops.panels`); None where there is none.
+PANEL: int | None = getattr(_extension, "panel", None)
+
+
 def _load_cuda_extension() -> tuple[ModuleType | None, str]:
     """The CUDA extension, and what it was built for, or why it is not here."""
     if os.environ.get("TIGHTROPE_DISABLE_EXT") == "1":

@@ -14,6 +14,9 @@ rest. With a set row_grad takes norm [4, R] and coef [14, R]: those of the rest,
 column_sums writes sums [r + 1, T] over the columns of gradients [R, T] times a scale: their products with
 along [r, R], and their squares. row_grad_sums is row_grad, and this of what it writes, in one pass.
 pair_product writes out [M, N] = a [M, K] times pairs [K / 2, N, 2], bfloat16 both, K even, in float32.
+panels writes b [K, N] to out [P, K, w]: P panels of w columns each, what is missing of the last one as zeros.
+product writes out [M, N] = a [M, K] times b, which is [K, N] or its panels; with add it is added to out,
+which is adjacent along N. All are float32, but for b [K, N], which may be bfloat16.
 row_loss_grad takes whole rows: with upstream [11, R] (`RowUpstream`) it writes partial, argmax and out in one
 go; where the backend fuses, an out of a narrower dtype may have the front of each row's memory.
 Arithmetic is float32, float64 for float64 logits; all but logits and out have that dtype.
@@ -212,6 +215,19 @@ def pair_product(a, pairs, out) -> None:
     torch.mm(a.float(), pairs.transpose(1, 2).flatten(0, 1).float(), out=out)
 
 
+def panels(b, out) -> None:
+    """Write b in panels to out; see the top of this file."""
+    wide = torch.nn.functional.pad(b, (0, out.shape[0] * out.shape[2] - b.shape[1]))
+    out.copy_(wide.unflatten(1, (out.shape[0], -1)).transpose(0, 1))
+
+
+def product(a, b, out, add) -> None:
+    """Write a product to out, or add it; see the top of this file."""
+    if b.dim() == 3:
+        b = b.transpose(0, 1).flatten(1)[:, : out.shape[1]]
+    torch.addmm(out, a, b.to(a.dtype), beta=int(add), out=out)
+
+
 def row_loss_grad(logits, out, partial, argmax, upstream, *arguments) -> None:
     """Write statistics and dloss/dlogits of whole rows in one operator; see the top of this file."""
     tile = TileArguments(*arguments)
@@ -282,6 +298,14 @@ define(
     Signature("Tensor a", "Tensor pairs", "Tensor(a!) out"),
     "()",
     pair_product,
+    _fake,
+)
+define("panels", Signature("Tensor b", "Tensor(a!) out"), "()", panels, _fake)
+define(
+    "product",
+    Signature("Tensor a", "Tensor b", "Tensor(a!) out", "bool add"),
+    "()",
+    product,
     _fake,
 )
 define(

@@ -1,9 +1,9 @@
 """The GEMMs of the drivers, given to the library that runs them fastest.
 
 PyTorch multiplies float32 matrices on an x86 CPU with MKL, which on AMD processors with AVX512 stays with its
-AVX2 kernels: 205 GFLOP/s on two cores where oneDNN, which PyTorch ships too, reaches 480. There the product
-goes through oneDNN. It computes in float32 as well and gives the same bits each time. But for each shape that
-it meets it keeps 0.6 MiB, so it is shown few: rows are cut, and filled up with zeros, to one of 30 sizes.
+AVX2 kernels. There the products are the CPU extension's own. Without it they go through oneDNN, which PyTorch
+ships too. For each shape that it meets that keeps 0.6 MiB, so it is shown few: rows are cut, and filled up
+with zeros, to one of 30 sizes.
 
 On CUDA products of bfloat16 and float16 matrices go to float32 as they are; on other devices a GEMM rounds
 its result to the operands' dtype, so there they are converted first.
@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .. import backends
 from .plan import ONEDNN_ROWS, ROW_MULTIPLE, filled_rows, spans
 
 # Elements of a oneDNN product, which has no form that writes to a given output: so that what is copied out of
@@ -36,20 +37,40 @@ def multiply(
 ) -> Tensor:
     """``out = a @ b``, or ``out += a @ b``, for a [m, k], b [k, n], out [m, n]; out is not read otherwise.
 
-    a and b have the dtype of out, or a narrower one. scale (0-dimensional) multiplies the product.
-    rows: which size counts rows of a batch, and so may be another in each call.
+    b may be what `packed` made of it. a and b have the dtype of out, or a narrower one. scale
+    (0-dimensional) multiplies the product. rows: which size counts rows of a batch, and so may be another in
+    each call.
     """
     if scale is not None:
         return _put(multiply(a, b, torch.empty_like(out), rows=rows).mul_(scale), out, accumulate)
-    if a.dtype != out.dtype:
-        if widens(a.device, a.dtype):
-            return torch.addmm(out, a, b, beta=int(accumulate), out_dtype=out.dtype, out=out)
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    if a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and b.numel() and _prefers_onednn():
-        _by_onednn(a, b, out, accumulate, rows)
-        return out
+    if a.dtype != out.dtype and widens(a.device, a.dtype):
+        return torch.addmm(out, a, b, beta=int(accumulate), out_dtype=out.dtype, out=out)
+    a = a.to(out.dtype)
+    if a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and b.numel():
+        if _prefers_own():
+            return _by_own(a, b, out, accumulate)
+        if _prefers_onednn():
+            _by_onednn(a, b.to(a.dtype), out, accumulate, rows)
+            return out
     # With beta = 0 a GEMM overwrites its output without reading it.
-    return torch.addmm(out, a, b, beta=int(accumulate), out=out)
+    return torch.addmm(out, a, b.to(a.dtype), beta=int(accumulate), out=out)
+
+
+def packed(b: Tensor) -> Tensor:
+    """b [k, n] as `multiply` takes it best where that meets it more than once."""
+    if b.device.type != "cpu" or b.dtype != torch.float32 or not b.numel() or not _prefers_own():
+        return b
+    made = b.new_empty(-(-b.shape[1] // backends.PANEL), b.shape[0], backends.PANEL)
+    torch.ops.tightrope.panels(b, made)
+    return made
+
+
+def _by_own(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> Tensor:
+    if out.shape[1] > 1 and out.stride(1) != 1:
+        _by_own(b.t().to(out.dtype), a.t(), out.t(), accumulate)
+    else:
+        torch.ops.tightrope.product(a, b if b.dtype == torch.bfloat16 else b.to(out.dtype), out, accumulate)
+    return out
 
 
 def _by_onednn(a: Tensor, b: Tensor, out: Tensor, accumulate: bool, rows: str) -> None:
@@ -138,8 +159,17 @@ def has_onednn() -> bool:
 
 
 @functools.cache
+def _prefers_own() -> bool:
+    return backends.PANEL is not None and _mkl_stays_behind()
+
+
+@functools.cache
 def _prefers_onednn() -> bool:
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not has_onednn():
+    return has_onednn() and _mkl_stays_behind()
+
+
+def _mkl_stays_behind() -> bool:
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()

@@ -28,7 +28,7 @@ from ..statistics import (
 from ..support import RowSets
 from ..targets import Target, TargetChunk, out_of_range
 from . import plan
-from .gemm import multiply, operand_dtype, result_dtype, widens
+from .gemm import multiply, operand_dtype, packed, result_dtype, widens
 from .teacher import TeacherRows
 
 
@@ -309,6 +309,10 @@ class LinearProblem(_Scored):
         """Rows start:stop of the head, [T, D]."""
         return self.weight[start:stop].to(self.operand)
 
+    def gradient_head(self, start: int, stop: int) -> Tensor:
+        """Rows start:stop of the head, for products with gradients of logits: `multiply` converts them."""
+        return self.weight[start:stop] if self.pairs else self.head(start, stop)
+
     def head_bias(self, start: int, stop: int) -> Tensor | None:
         return None if self.bias is None else self.bias[start:stop].to(self.dtype).contiguous()
 
@@ -324,12 +328,14 @@ class LinearProblem(_Scored):
         """Whether logits are made of bfloat16 tensors as they are, in float32."""
         product, widths = self.backend.pair_product, (self.weight.shape[1], *self.weight.stride())
         fits = widths[0] % 2 == 0 and widths[0] > 0 and widths[2] == 1
-        return product is not None and fits and self.input.dtype == self.weight.dtype == torch.bfloat16
+        narrow = self.input.dtype == self.weight.dtype == torch.bfloat16 and self.dtype == torch.float32
+        return product is not None and fits and narrow
 
     def factor(self, hidden: Tensor) -> Tensor:
-        """Hidden states [n, D] as `raw_logits` takes them."""
-        if not self.pairs or self.dtype != torch.float32:
-            return hidden
+        """Hidden states [n, D] as `raw_logits` takes them best where it meets them more than once."""
+        if not self.pairs:
+            across = packed(hidden.t())
+            return across if across.dim() == 3 else hidden
         # Two bfloat16 are one int32, which is transposed faster. They were bfloat16 before they were float32.
         pairs = hidden.to(torch.bfloat16).contiguous().view(torch.int32).t()
         # To memory of its own: of one row the transpose counts as contiguous, whatever its strides.
@@ -349,16 +355,20 @@ class LinearProblem(_Scored):
         head: that of the tile, where it is at hand.
         """
         raw = self.place(memory, chunk.size, tile[1] - tile[0])
-        if factor.dim() == 3:
+        if factor.dim() == 3 and factor.dtype == torch.bfloat16:
             self.backend.pair_product(self.weight[tile[0] : tile[1]], factor, raw.t())
         else:
             self.product(factor, self.head(*tile) if head is None else head, raw)
         return raw if chunk.temperature is None else raw.copy_(self.tempered(raw, chunk, tile))
 
     def product(self, hidden: Tensor, head: Tensor, out: Tensor, accumulate: bool = False) -> None:
-        """``hidden @ head.T`` to out [n, T], which `place` laid out, or added to it."""
+        """``hidden @ head.T`` to out [n, T], which `place` laid out, or added to it.
+
+        hidden: [n, D], or what `packed` made of its transpose.
+        """
         if self.device.type == "cpu":
-            multiply(head, hidden.t(), out.t(), rows="n", accumulate=accumulate)
+            across = hidden if hidden.dim() == 3 else hidden.t()
+            multiply(head, across, out.t(), rows="n", accumulate=accumulate)
         else:
             multiply(hidden, head.t(), out, rows="m", accumulate=accumulate)
 

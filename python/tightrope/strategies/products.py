@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import Arguments, group
-from .gemm import multiply
+from .gemm import multiply, packed
 from .problem import Chunk, LinearProblem
 
 Tile = tuple[int, int]
@@ -79,12 +79,14 @@ def multiply_tiles(
     if to_input is not None:
         make = torch.empty_like if problem.columns else torch.zeros_like
         hidden_grad = to_input[chunk.where] if in_place else make(hidden, dtype=problem.dtype)
+    factor = None if to_weight is None else packed(hidden)
     for tile, grad in grads:
         if to_input is not None:
-            multiply(grad, problem.head(*tile), hidden_grad, rows="m", accumulate=tile[0] > 0)
+            head = problem.gradient_head(*tile)
+            multiply(grad, head, hidden_grad, rows="m", accumulate=tile[0] > 0)
         if to_weight is not None:
             part = to_weight[tile[0] : tile[1]]
-            multiply(grad.t(), hidden, part, rows="k", accumulate=not chunk.first, scale=undo)
+            multiply(grad.t(), factor, part, rows="k", accumulate=not chunk.first, scale=undo)
         if to_bias is not None:
             bias_grad = grad.sum(0, dtype=problem.dtype)
             to_bias[tile[0] : tile[1]] += bias_grad if undo is None else bias_grad * undo

@@ -207,7 +207,7 @@ class Sampler:
         for start, stop in problem.tiles(len(along)):
             of_tile = along[:, start:stop]
             if to_input is not None:
-                multiply(of_tile, problem.head(start, stop), sums, rows="m", accumulate=True)
+                multiply(of_tile, problem.gradient_head(start, stop), sums, rows="m", accumulate=True)
             if to_weight is not None:
                 multiply(of_tile.t(), hidden, to_weight[start:stop], rows="k", accumulate=True)
         if to_input is not None:

@@ -147,7 +147,7 @@ def gradients(
     flat_dtype = problem.operand if problem.streams else dtype
     with borrow(largest(tiles, blocks) * problem.exchange.owners, flat_dtype, problem.device) as flat:
         for tile in tiles if blocks else ():
-            head, place = problem.head(*tile), slice(*tile)
+            head, place = problem.gradient_head(*tile), slice(*tile)
             weight_sum = None
             if needs.weight_grad:
                 weight_sum = weight_sums[: len(head)] if rounds else weight_grad[place]
