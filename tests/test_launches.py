@@ -78,7 +78,7 @@ def fused_step(chunks):
         patch.dict(backends.BACKENDS, eager=backend),
         patch.object(chunked, "multiply", counted),
         patch.object(of_tiles, "multiply", counted),
-        patch.object(gemm, "_prefers_onednn", lambda: False),  # as on a device
+        patch.multiple(gemm, _prefers_own=lambda: False, _prefers_onednn=lambda: False),  # as on a device
         open_drivers(),
         Launches() as seen,
     ):
