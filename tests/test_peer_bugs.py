@@ -261,12 +261,13 @@ def test_user_loss_of_ignored_rows_does_not_leak(skip_ignored, backend, strategy
     assert all(value.isfinite().all() for value in actual.values())
 
 
-# Matrix products: where the first factor [m, k] stands among the arguments, and the n of the second.
+# Matrix products: where the first factor [m, k] stands among the arguments, where what has n, and n in it.
 PRODUCTS = {
-    "aten::mm": (0, -1),
-    "aten::addmm": (1, -1),
-    "aten::addmm_": (1, -1),
-    "mkldnn::_linear_pointwise": (0, 0),
+    "aten::mm": (0, 1, -1),
+    "aten::addmm": (1, 2, -1),
+    "aten::addmm_": (1, 2, -1),
+    "mkldnn::_linear_pointwise": (0, 1, 0),
+    "tightrope::product": (0, 2, -1),
 }
 
 
@@ -287,9 +288,8 @@ def profiled_step(problem, frozen, **options):
     products = [e for e in products if e.cpu_parent is None or e.cpu_parent.name not in PRODUCTS]
     operations = 0
     for event in products:
-        first, last = PRODUCTS[event.name]
-        left, right = event.input_shapes[first : first + 2]
-        operations += 2 * math.prod(left) * right[last]
+        first, second, last = PRODUCTS[event.name]
+        operations += 2 * math.prod(event.input_shapes[first]) * event.input_shapes[second][last]
     return operations, max(e.self_cpu_memory_usage for e in events), leaves
 
 

@@ -29,7 +29,7 @@ from tightrope.strategies import plan
 from tightrope.strategies.gemm import headroom
 from triton_bounds import checked_bounds
 
-pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.one_in(8)]
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.one_in(12)]
 both = pytest.mark.parametrize("strategy", STRATEGIES)
 TERMS = [
     dict(balance=0.3),
