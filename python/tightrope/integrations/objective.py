@@ -66,16 +66,16 @@ class Request:
 
         # Each by itself: torch.compile of torch 2.11 makes nothing of vars().
         return Request(
-            here(self.target),
-            self.columns,
-            here(self.bias),
-            self.scale,
-            self.cap,
-            here(self.balance),
-            here(self.weight),
-            self.ignore_index,
-            self.reduction,
-            self.label_smoothing,
+            target=here(self.target),
+            columns=self.columns,
+            bias=here(self.bias),
+            scale=self.scale,
+            cap=self.cap,
+            balance=here(self.balance),
+            weight=here(self.weight),
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
         )
 
 

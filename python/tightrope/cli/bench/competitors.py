@@ -196,7 +196,7 @@ def _liger_scaled(step: Step, loss: Loss) -> Tensor:
 def _liger_divergence(step: Step, loss: Loss) -> Tensor:
     """On a CPU its chunks of rows in plain PyTorch: the Triton kernels do not run there.
 
-    Not compiled: it would be again in each step.
+    Not compiled: that took two minutes, more than a line of the bench has.
     """
     if step.hidden.device.type == "cuda":
         from liger_kernel.transformers import LigerFusedLinearJSD
