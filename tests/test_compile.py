@@ -255,6 +255,7 @@ PRIMITIVES = {
         "row_tangent",
         "row_grad_tangent",
         "column_sums",
+        "pairs",
         "pair_product",
         "panels",
         "product",
@@ -295,9 +296,11 @@ def test_primitives(name, kind):
     partial = empty_partial(rows, torch.float32, torch.device("cpu"))
     if name.endswith("row_stats"):
         args = (logits, *partial, *tail)
+    elif name.endswith("pairs"):
+        args = (randn(8, 6, dtype=torch.bfloat16), torch.full((16, 6, 2), torch.nan, dtype=torch.bfloat16))
     elif name.endswith("pair_product"):
         a, pairs = randn(8, 6, dtype=torch.bfloat16), randn(3, rows, 2, dtype=torch.bfloat16)
-        args = (a, pairs, torch.full((8, rows), torch.nan))
+        args = (a, pairs, torch.full((8, rows), torch.nan), False)
     elif name.endswith("panels"):
         width = backends.PANEL or 16
         args = (logits, torch.full((-(-logits.shape[1] // width), rows, width), torch.nan))

@@ -76,16 +76,13 @@ def noise(*shape, seed):
 @pytest.mark.parametrize("k", [1, 255, 257, 513, 1281])
 @pytest.mark.parametrize("n", [1, 16, 33, 48, 49, 145])
 @pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.one_in(8)
-def test_own_products(dtype, products, m, k, n, add):
+@pytest.mark.one_in(4)
+def test_own_products(products, m, k, n, add):
     """A tail that is left out or written past its end, sums that are put down twice, or a stride ignored."""
     wide_a, wide_b, wide = noise(k, m + 3, seed=1), noise(k, n + 3, seed=2), noise(m, n + 3, seed=3)
-    wide_b = wide_b.to(dtype)
     for a in (wide_a[:, :m].t(), wide_a[:, :m].t().contiguous()):
         factors = [wide_b[:, :n], wide_b[:, :n].t().contiguous().t()]
-        if dtype == torch.float32:
-            factors += [of_panels(products, b) for b in factors]
+        factors += [of_panels(products, b) for b in factors]
         exact = a.double() @ factors[0].double() + (wide[:, :n].double() if add else 0)
         size = a.double().norm(dim=1, keepdim=True) * factors[0].double().norm(dim=0) + 1
         for factor in factors:

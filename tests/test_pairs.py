@@ -38,10 +38,49 @@ def test_product(inner, cols, rows, product):
     wide = torch.full((rows, inner + 3), torch.nan, dtype=BF16)
     a, b = wide[:, :inner].copy_(randn(rows, inner)), randn(cols, inner, seed=1, dtype=BF16)
     out = torch.full((rows, cols), torch.nan)
-    product(a, paired(b), out)
+    product(a, paired(b), out, False)
     exact = a.double() @ b.double().t()
     size = a.double().norm(dim=1, keepdim=True) * b.double().norm(dim=1)
     assert ((out - exact).abs() <= 4e-7 * size + 1e-30).all()
+
+
+def packed(b):
+    """b [k, n] as what is rounded is multiplied with it."""
+    pairs, expected = (
+        torch.full((-(-len(b) // 32) * 16, b.shape[1], 2), torch.nan, dtype=BF16) for _ in range(2)
+    )
+    ops.pairs(b, expected)
+    torch.ops.tightrope.pairs(b, pairs)
+    assert torch.equal(pairs, expected)
+    return pairs
+
+
+# Around a block of rows, what is rounded at a time, and the depth to which it is filled up.
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("rows", [1, 15, 63, 65, 130])
+@pytest.mark.parametrize("cols", [1, 17, 100])
+@pytest.mark.parametrize("inner", [1, 31, 33, 256, 301, 578])
+@pytest.mark.parametrize("add", [False, True])
+def test_rounded_product(add, inner, cols, rows, product):
+    """A tail that is left out or filled with what was there, sums that start anew, or a stride ignored."""
+    wide, wide_b = randn(inner, rows + 3), randn(inner, cols + 3, seed=1, dtype=BF16)
+    b = wide_b[:, :cols]
+    for a in (wide[:, :rows].t(), wide[:, :rows].t().contiguous()):
+        out = randn(rows, cols + 2, seed=2)
+        before = out.clone()
+        product(a, packed(b), out[:, :cols], add)
+        exact = a.to(BF16).double() @ b.double() + (before[:, :cols].double() if add else 0)
+        size = a.double().norm(dim=1, keepdim=True) * b.double().norm(dim=0) + 1
+        assert ((out[:, :cols] - exact).abs() <= 4e-7 * size).all()
+        assert torch.equal(out[:, cols:], before[:, cols:])
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_nothing_to_sum(product):
+    """What stood in memory given for a product over no entries."""
+    out = torch.full((3, 5), torch.nan)
+    product(torch.empty(3, 0), packed(torch.empty(0, 5, dtype=BF16)), out, False)
+    assert torch.equal(out, torch.zeros(3, 5))
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -50,7 +89,7 @@ def test_what_is_not_finite(product):
     a, b = randn(70, 32, dtype=BF16), randn(9, 32, seed=1, dtype=BF16)
     a[3, 5], a[66, 0], b[4, 1] = torch.nan, torch.inf, torch.nan
     out = torch.empty(70, 9)
-    product(a, paired(b), out)
+    product(a, paired(b), out, False)
     exact = a.double() @ b.double().t()
     assert torch.equal(out.isnan(), exact.isnan())
     assert torch.equal(out.isinf(), exact.isinf())

@@ -14,36 +14,15 @@
 
 #include <optional>
 
+#include "checks.h"
 #include "columns.h"
-#include "pairs.h"
-#include "product.h"
+#include "product_ops.h"
 #include "rows.h"
 #include "tangent_columns.h"
 #include "tangent_rows.h"
 
 namespace tightrope::cpu {
 inline namespace CPU_CAPABILITY {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-inline void check(const Tensor& t, const char* name, at::IntArrayRef shape, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(t.sizes() == shape, name, " has shape ", t.sizes(), ", expected ", shape);
-  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " is ", t.scalar_type(), ", expected ", dtype);
-  TORCH_CHECK_VALUE(t.numel() == 0 || t.is_contiguous(), name, " must be contiguous");
-}
-
-template <class U>
-const U* pointer(const OptionalTensor& t) {
-  return t.has_value() ? t->const_data_ptr<U>() : nullptr;
-}
-
-inline bool has_adjacent_entries(const Tensor& t) {
-  return t.size(1) <= 1 || t.stride(1) == 1;
-}
-inline bool has_adjacent_rows(const Tensor& t) {
-  return t.size(0) <= 1 || t.stride(0) == 1;
-}
 
 // Whether the columns of `logits`, and of `out` with it, are contiguous; otherwise the rows are.
 inline bool is_transposed(const Tensor& logits, const Tensor& out) {
@@ -254,70 +233,6 @@ void column_sums_op(const Tensor& grad, const Tensor& along, double scale, Tenso
   });
 }
 
-void pair_product_op(const Tensor& a, const Tensor& pairs, Tensor& out) {
-  TORCH_CHECK_VALUE(
-      a.dim() == 2 && a.size(1) % 2 == 0 && has_adjacent_entries(a), "a has shape ", a.sizes(),
-      " and strides ", a.strides(), ", expected two dimensions, adjacent along the even second");
-  const int64_t rows = a.size(0), inner = a.size(1), cols = pairs.size(1);
-  TORCH_CHECK_TYPE(
-      a.scalar_type() == at::kBFloat16, "a is ", a.scalar_type(), ", expected ", at::kBFloat16);
-  check(pairs, "pairs", {inner / 2, cols, 2}, at::kBFloat16);
-  check(out, "out", {rows, cols}, at::kFloat);
-  if (out.numel() == 0) return;
-  pair_product(
-      a.const_data_ptr<at::BFloat16>(), a.stride(0), pairs.const_data_ptr<at::BFloat16>(),
-      out.data_ptr<float>(), rows, cols, inner);
-}
-
-template <class S>
-Strided<S> make_strided(const Tensor& t) {
-  return {t.const_data_ptr<S>(), t.stride(0), t.stride(1)};
-}
-
-void panels_op(const Tensor& b, Tensor& out) {
-  TORCH_CHECK_VALUE(b.dim() == 2, "b has ", b.dim(), " dimensions, expected 2");
-  TORCH_CHECK_TYPE(b.scalar_type() == at::kFloat, "b is ", b.scalar_type(), ", expected float");
-  const int64_t inner = b.size(0), cols = b.size(1);
-  check(out, "out", {panel_count(cols), inner, kPanel}, at::kFloat);
-  const auto from = make_strided<float>(b);
-  float* const panels = out.data_ptr<float>();
-  for_parts(cols, kPanel, units_of(16 * inner * kPanel), [&](int64_t begin, int64_t end) {
-    pack_panels(from.from(0, begin), inner, end - begin, panels + begin * inner);
-  });
-}
-
-void product_op(const Tensor& a, const Tensor& b, Tensor& out, bool add) {
-  TORCH_CHECK_VALUE(
-      a.dim() == 2 && out.dim() == 2 && has_adjacent_entries(out), "a and out have shapes ",
-      a.sizes(), " and ", out.sizes(), ", out strides ", out.strides(),
-      ", expected two dimensions, those of out adjacent along the second");
-  const int64_t rows = out.size(0), cols = out.size(1), inner = a.size(1);
-  TORCH_CHECK_VALUE(a.size(0) == rows, "a has ", a.size(0), " rows, expected ", rows);
-  for (const Tensor* t : {&a, const_cast<const Tensor*>(&out)}) {
-    TORCH_CHECK_TYPE(
-        t->scalar_type() == at::kFloat, "a or out is ", t->scalar_type(), ", expected float");
-  }
-  const auto run = [&](auto kernel, auto factor) {
-    kernel(
-        make_strided<float>(a), factor, inner, out.data_ptr<float>(), out.stride(0), rows, cols,
-        add);
-  };
-  if (b.dim() != 2) {
-    check(b, "b", {panel_count(cols), inner, kPanel}, at::kFloat);
-    run(product_of_panels, b.const_data_ptr<float>());
-    return;
-  }
-  TORCH_CHECK_VALUE(
-      b.size(0) == inner && b.size(1) == cols, "b has shape ", b.sizes(), ", expected [", inner,
-      ", ", cols, "]");
-  if (b.scalar_type() == at::kBFloat16) {
-    run(product<at::BFloat16>, make_strided<at::BFloat16>(b));
-  } else {
-    TORCH_CHECK_TYPE(b.scalar_type() == at::kFloat, "b is ", b.scalar_type(), ", expected float");
-    run(product<float>, make_strided<float>(b));
-  }
-}
-
 // Whether the columns of all that a kernel of second order goes over are contiguous. Their strides
 // differ, but not in what is contiguous.
 inline bool is_transposed(const Tensor& logits, at::ArrayRef<Tensor> others) {
@@ -418,6 +333,7 @@ TORCH_LIBRARY_IMPL(tightrope, CPU, m) {
   m.impl("row_grad", TORCH_FN(tightrope::cpu::row_grad_op));
   m.impl("row_grad_sums", TORCH_FN(tightrope::cpu::row_grad_sums_op));
   m.impl("column_sums", TORCH_FN(tightrope::cpu::column_sums_op));
+  m.impl("pairs", TORCH_FN(tightrope::cpu::pairs_op));
   m.impl("pair_product", TORCH_FN(tightrope::cpu::pair_product_op));
   m.impl("panels", TORCH_FN(tightrope::cpu::panels_op));
   m.impl("product", TORCH_FN(tightrope::cpu::product_op));

@@ -34,9 +34,8 @@ inline int64_t panel_count(int64_t cols) {
 }
 
 // A matrix whose entry (i, k) is data[i * row + k * step].
-template <class E>
 struct Strided {
-  const E* data;
+  const float* data;
   int64_t row, step;
 
   Strided from(int64_t i, int64_t k) const { return {data + i * row + k * step, row, step}; }
@@ -46,7 +45,7 @@ struct Strided {
 // vectors.
 template <int kRows, int kVectors>
 void multiply_block(
-    Strided<float> a, const float* panel, int64_t inner, float* out, int64_t stride, int64_t cols,
+    Strided a, const float* panel, int64_t inner, float* out, int64_t stride, int64_t cols,
     bool add) {
   Lanes sums[kRows][kVectors];
 #pragma GCC unroll 8
@@ -88,7 +87,7 @@ void multiply_block(
 // The same of any number of rows.
 template <int kVectors>
 void multiply_panel(
-    Strided<float> a, const float* panel, int64_t inner, float* out, int64_t stride, int64_t rows,
+    Strided a, const float* panel, int64_t inner, float* out, int64_t stride, int64_t rows,
     int64_t cols, bool add) {
   int64_t i = 0;
   const auto go = [&](auto count) {
@@ -103,36 +102,38 @@ void multiply_panel(
   go(std::integral_constant<int, 1>());
 }
 
-// Brings memory that is wanted next into the second-level cache, some of it in each of so many
-// steps: rows of `bytes`, `apart` from each other.
+// Brings what is wanted next into the second-level cache, some of it in each of so many steps: rows
+// of `cols`, `apart` elements from each other.
 class Ahead {
  public:
   Ahead() = default;
-  Ahead(const void* from, int64_t rows, int64_t bytes, int64_t apart, int64_t steps)
-      : from_(static_cast<const char*>(from)),
-        lines_((bytes + 63) / 64),
+  Ahead(const float* from, int64_t rows, int64_t cols, int64_t apart, int64_t steps)
+      : from_(from),
+        lines_((cols + kLine - 1) / kLine),
         apart_(apart),
         left_(rows * lines_),
         each_((left_ + steps - 1) / std::max<int64_t>(steps, 1)) {}
 
   void next() {
     for (int64_t n = std::min(each_, left_); n > 0; --n, --left_) {
-      __builtin_prefetch(from_ + line_ * 64, 0, 2);
+      __builtin_prefetch(from_ + line_ * kLine, 0, 2);
       if (++line_ == lines_) line_ = 0, from_ += apart_;
     }
   }
 
  private:
-  const char* from_ = nullptr;
+  static constexpr int64_t kLine = 64 / sizeof(float);
+  const float* from_ = nullptr;
   int64_t lines_ = 0, apart_ = 0, left_ = 0, each_ = 0, line_ = 0;
 };
 
 // out [rows, cols] = or += a [rows, inner] times panels, `apart` elements from each other.
-inline void multiply_panels(
-    Strided<float> a, const float* panels, int64_t apart, int64_t inner, float* out, int64_t stride,
-    int64_t rows, int64_t cols, bool add, Ahead& ahead) {
+template <class... Aheads>
+void multiply_panels(
+    Strided a, const float* panels, int64_t apart, int64_t inner, float* out, int64_t stride,
+    int64_t rows, int64_t cols, bool add, Aheads&... ahead) {
   for (int64_t first = 0; first < cols; first += kPanel, panels += apart) {
-    ahead.next();
+    (ahead.next(), ...);
     const int64_t count = std::min(kPanel, cols - first);
     const auto run = count > 2 * Lanes::size() ? multiply_panel<3>
                      : count > Lanes::size()   ? multiply_panel<2>
@@ -141,20 +142,18 @@ inline void multiply_panels(
   }
 }
 
-// Packs b [inner, cols], of float32 or what is converted to it, in panels [ceil(cols / kPanel),
-// inner, kPanel].
-template <class S>
-void pack_panels(Strided<S> b, int64_t inner, int64_t cols, float* panels) {
+// Packs b [inner, cols] in panels [ceil(cols / kPanel), inner, kPanel].
+inline void pack_panels(Strided b, int64_t inner, int64_t cols, float* panels) {
   for (int64_t first = 0; first < cols; first += kPanel, panels += inner * kPanel) {
     const int64_t count = std::min(kPanel, cols - first);
     if (count < kPanel) std::fill_n(panels, inner * kPanel, 0.0f);
     for (int64_t k = 0; k < inner; ++k) {
-      const S* const from = b.from(k, first).data;
+      const float* const from = b.from(k, first).data;
       float* const to = panels + k * kPanel;
       if (b.step == 1) {
-        for (int64_t j = 0; j < count; ++j) to[j] = static_cast<float>(from[j]);
+        std::copy_n(from, count, to);
       } else {
-        for (int64_t j = 0; j < count; ++j) to[j] = static_cast<float>(from[j * b.step]);
+        for (int64_t j = 0; j < count; ++j) to[j] = from[j * b.step];
       }
     }
   }
@@ -181,7 +180,7 @@ inline int64_t units_of(int64_t products) {
 
 // out [rows, cols] = or += a [rows, inner] times what `pack_panels` made of the other.
 inline void product_of_panels(
-    Strided<float> a, const float* panels, int64_t inner, float* out, int64_t stride, int64_t rows,
+    Strided a, const float* panels, int64_t inner, float* out, int64_t stride, int64_t rows,
     int64_t cols, bool add) {
   const int64_t depth = std::max<int64_t>((inner + kInnerOfPanels - 1) / kInnerOfPanels, 1);
   const int64_t most = (inner + depth - 1) / depth, together = rows_together(most, cols);
@@ -192,10 +191,8 @@ inline void product_of_panels(
         const int64_t here = std::min(together, end - i);
         Ahead ahead;
         if (a.step == 1 && i + here < end) {
-          const int64_t bytes = count * sizeof(float), apart = a.row * sizeof(float);
-          ahead = {
-              a.from(i + here, k).data, std::min(here, end - i - here), bytes, apart,
-              panel_count(cols)};
+          const int64_t next = std::min(here, end - i - here);
+          ahead = {a.from(i + here, k).data, next, count, a.row, panel_count(cols)};
         }
         multiply_panels(
             a.from(i, k), panels + k * kPanel, inner * kPanel, count, out + i * stride, stride,
@@ -205,10 +202,13 @@ inline void product_of_panels(
   });
 }
 
-// kTall rows of a, or what there is of them, adjacent to each other: in memory [inner, kTall] where
-// those of a are not.
-inline Strided<float> adjacent_rows(Strided<float> a, int64_t rows, int64_t inner, float* memory) {
-  if (a.row != 1) return a;
+// kTall rows of a, or what there is of them, as memory [inner, kTall]: they meet many panels, which
+// would push them out of the first-level cache where they lie apart.
+inline Strided gathered_rows(Strided a, int64_t rows, int64_t inner, float* memory) {
+  if (a.row == 1 && rows == kTall) {
+    for (int64_t k = 0; k < inner; ++k) std::copy_n(a.from(0, k).data, kTall, memory + k * kTall);
+    return {memory, 1, kTall};
+  }
   for (int64_t k = 0; k < inner; ++k) {
     for (int64_t i = 0; i < rows; ++i) memory[k * kTall + i] = a.from(i, k).data[0];
   }
@@ -217,10 +217,9 @@ inline Strided<float> adjacent_rows(Strided<float> a, int64_t rows, int64_t inne
 
 // out [rows, cols] = or += a [rows, inner] times b [inner, cols], which each thread packs as it
 // goes.
-template <class S>
-void product(
-    Strided<float> a, Strided<S> b, int64_t inner, float* out, int64_t stride, int64_t rows,
-    int64_t cols, bool add) {
+inline void product(
+    Strided a, Strided b, int64_t inner, float* out, int64_t stride, int64_t rows, int64_t cols,
+    bool add) {
   for_parts(cols, kPanel, units_of(kPanel * rows * inner), [&](int64_t begin, int64_t end) {
     const int64_t width = end - begin, most = std::min(kInner, inner);
     std::vector<float> packed((panel_count(width) * kPanel + kTall) * most);
@@ -231,15 +230,19 @@ void product(
       Ahead ahead;
       if (b.step == 1 && k + most < inner) {
         ahead = {
-            b.from(k + most, begin).data, std::min(most, inner - k - most),
-            width * static_cast<int64_t>(sizeof(S)), b.row * static_cast<int64_t>(sizeof(S)),
+            b.from(k + most, begin).data, std::min(most, inner - k - most), width, b.row,
             panel_count(width) * ((rows + kTall - 1) / kTall)};
       }
       for (int64_t i = 0; i < rows; i += kTall) {
         const int64_t here = std::min(kTall, rows - i);
+        Ahead of_a;
+        if (a.row == 1 && i + here < rows) {
+          const int64_t next = std::min(here, rows - i - here);
+          of_a = {a.from(i + here, k).data, count, next, a.step, panel_count(width)};
+        }
         multiply_panels(
-            adjacent_rows(a.from(i, k), here, count, of_rows), packed.data(), count * kPanel, count,
-            out + i * stride + begin, stride, here, width, add || k > 0, ahead);
+            gathered_rows(a.from(i, k), here, count, of_rows), packed.data(), count * kPanel, count,
+            out + i * stride + begin, stride, here, width, add || k > 0, ahead, of_a);
       }
     }
   });

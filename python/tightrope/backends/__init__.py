@@ -51,6 +51,8 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 _extension, _extension_detail = _load_extension()
 
 
+# Inner entries of what `ops.pairs` writes are a multiple of this.
+PAIR_MULTIPLE = 32
 # Columns in a panel of the CPU extension's own products (`ops.panels`); None where there is none.
 PANEL: int | None = getattr(_extension, "panel", None)
 
@@ -96,7 +98,7 @@ class Backend:
     max_topk: int | None = None  # entries of a top-k target that the row primitives take; None: any number
     column_sums: Callable[..., None] = torch.ops.tightrope.column_sums
     row_grad_sums: Callable[..., None] = torch.ops.tightrope.row_grad_sums
-    # (a, pairs, out), where the CPU has instructions for products of bfloat16 with a float32 result
+    # (a, pairs, out, add), where the CPU has instructions for products of bfloat16 with a float32 result
     pair_product: Callable[..., None] | None = None
     on_request: tuple[str, ...] = ()  # devices that it serves where it is asked for by name
 

@@ -13,10 +13,12 @@ at least threshold [R], or those among classes [R, K] int64 (ascending, repeated
 rest. With a set row_grad takes norm [4, R] and coef [14, R]: those of the rest, then those of the set.
 column_sums writes sums [r + 1, T] over the columns of gradients [R, T] times a scale: their products with
 along [r, R], and their squares. row_grad_sums is row_grad, and this of what it writes, in one pass.
-pair_product writes out [M, N] = a [M, K] times pairs [K / 2, N, 2], bfloat16 both, K even, in float32.
+pairs writes bfloat16 b [K, N] to out [L / 2, N, 2], L the next multiple of 32: filled with zeros.
+pair_product writes out [M, N] = a [M, K] times pairs [K / 2, N, 2], bfloat16 both, K even, in float32; a that
+is float32 is rounded, and takes what pairs wrote; with add it is added to out, which is adjacent along N.
 panels writes b [K, N] to out [P, K, w]: P panels of w columns each, what is missing of the last one as zeros.
 product writes out [M, N] = a [M, K] times b, which is [K, N] or its panels; with add it is added to out,
-which is adjacent along N. All are float32, but for b [K, N], which may be bfloat16.
+which is adjacent along N. All are float32.
 row_loss_grad takes whole rows: with upstream [11, R] (`RowUpstream`) it writes partial, argmax and out in one
 go; where the backend fuses, an out of a narrower dtype may have the front of each row's memory.
 Arithmetic is float32, float64 for float64 logits; all but logits and out have that dtype.
@@ -210,9 +212,16 @@ def row_grad_sums(logits, out, norm, coef, along, scale, sums, *arguments) -> No
     column_sums(out, along, scale, sums)
 
 
-def pair_product(a, pairs, out) -> None:
+def pairs(b, out) -> None:
+    """Write b in pairs to out; see the top of this file."""
+    filled = torch.nn.functional.pad(b, (0, 0, 0, 2 * out.shape[0] - b.shape[0]))
+    out.copy_(filled.unflatten(0, (-1, 2)).transpose(1, 2))
+
+
+def pair_product(a, pairs, out, add) -> None:
     """Write a product of bfloat16 matrices, in float32, to out; see the top of this file."""
-    torch.mm(a.float(), pairs.transpose(1, 2).flatten(0, 1).float(), out=out)
+    b = pairs.transpose(1, 2).flatten(0, 1)[: a.shape[1]].float()
+    torch.addmm(out, a.to(pairs.dtype).float(), b, beta=int(add), out=out)
 
 
 def panels(b, out) -> None:
@@ -293,9 +302,10 @@ define(
     column_sums,
     _fake,
 )
+define("pairs", Signature("Tensor b", "Tensor(a!) out"), "()", pairs, _fake)
 define(
     "pair_product",
-    Signature("Tensor a", "Tensor pairs", "Tensor(a!) out"),
+    Signature("Tensor a", "Tensor pairs", "Tensor(a!) out", "bool add"),
     "()",
     pair_product,
     _fake,

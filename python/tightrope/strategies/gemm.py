@@ -5,8 +5,9 @@ AVX2 kernels. There the products are the CPU extension's own. Without it they go
 ships too. For each shape that it meets that keeps 0.6 MiB, so it is shown few: rows are cut, and filled up
 with zeros, to one of 30 sizes.
 
-On CUDA products of bfloat16 and float16 matrices go to float32 as they are; on other devices a GEMM rounds
-its result to the operands' dtype, so there they are converted first.
+On CUDA products of bfloat16 and float16 matrices go to float32 as they are, and so do those of bfloat16 on a
+CPU that has instructions for it, by the CPU extension; elsewhere a GEMM rounds its result to the operands'
+dtype, so there they are converted first.
 """
 
 from __future__ import annotations
@@ -37,15 +38,18 @@ def multiply(
 ) -> Tensor:
     """``out = a @ b``, or ``out += a @ b``, for a [m, k], b [k, n], out [m, n]; out is not read otherwise.
 
-    b may be what `packed` made of it. a and b have the dtype of out, or a narrower one. scale
-    (0-dimensional) multiplies the product. rows: which size counts rows of a batch, and so may be another in
-    each call.
+    b may be what `packed` made of it. a and b have the dtype of out, or a narrower one; a may be rounded to
+    that of b, which lies along n as out does. scale (0-dimensional) multiplies the product. rows: which size
+    counts rows of a batch, and so may be another in each call.
     """
     if scale is not None:
         return _put(multiply(a, b, torch.empty_like(out), rows=rows).mul_(scale), out, accumulate)
     if a.dtype != out.dtype and widens(a.device, a.dtype):
         return torch.addmm(out, a, b, beta=int(accumulate), out_dtype=out.dtype, out=out)
     a = a.to(out.dtype)
+    if b.dtype == torch.bfloat16 and out.dtype == torch.float32 and multiplies_pairs(b.device):
+        torch.ops.tightrope.pair_product(a, packed(b), out, accumulate)
+        return out
     if a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and b.numel():
         if _prefers_own():
             return _by_own(a, b, out, accumulate)
@@ -58,6 +62,11 @@ def multiply(
 
 def packed(b: Tensor) -> Tensor:
     """b [k, n] as `multiply` takes it best where that meets it more than once."""
+    if b.dim() == 2 and b.dtype == torch.bfloat16 and multiplies_pairs(b.device):
+        filled = -(-b.shape[0] // backends.PAIR_MULTIPLE) * backends.PAIR_MULTIPLE
+        made = b.new_empty(filled // 2, b.shape[1], 2)
+        torch.ops.tightrope.pairs(b, made)
+        return made
     if b.device.type != "cpu" or b.dtype != torch.float32 or not b.numel() or not _prefers_own():
         return b
     made = b.new_empty(-(-b.shape[1] // backends.PANEL), b.shape[0], backends.PANEL)
@@ -69,7 +78,7 @@ def _by_own(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> Tensor:
     if out.shape[1] > 1 and out.stride(1) != 1:
         _by_own(b.t().to(out.dtype), a.t(), out.t(), accumulate)
     else:
-        torch.ops.tightrope.product(a, b if b.dtype == torch.bfloat16 else b.to(out.dtype), out, accumulate)
+        torch.ops.tightrope.product(a, b.to(out.dtype), out, accumulate)
     return out
 
 
@@ -151,6 +160,11 @@ def headroom(coef: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 def _put(product: Tensor, out: Tensor, accumulate: bool) -> Tensor:
     return out.add_(product) if accumulate else out.copy_(product)
+
+
+def multiplies_pairs(device: torch.device) -> bool:
+    """Whether products of bfloat16 matrices have a float32 result there, by the CPU extension."""
+    return device.type == "cpu" and backends.BACKENDS["cpu"].pair_product is not None
 
 
 def has_onednn() -> bool:

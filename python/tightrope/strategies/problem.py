@@ -310,8 +310,12 @@ class LinearProblem(_Scored):
         return self.weight[start:stop].to(self.operand)
 
     def gradient_head(self, start: int, stop: int) -> Tensor:
-        """Rows start:stop of the head, for products with gradients of logits: `multiply` converts them."""
+        """Rows start:stop of the head as gradients of logits are multiplied with them (`pairs`)."""
         return self.weight[start:stop] if self.pairs else self.head(start, stop)
+
+    def gradient_factor(self, hidden: Tensor) -> Tensor:
+        """Hidden states [n, D], likewise."""
+        return packed(hidden.to(torch.bfloat16) if self.pairs else hidden)
 
     def head_bias(self, start: int, stop: int) -> Tensor | None:
         return None if self.bias is None else self.bias[start:stop].to(self.dtype).contiguous()
@@ -325,7 +329,10 @@ class LinearProblem(_Scored):
 
     @cached_property
     def pairs(self) -> bool:
-        """Whether logits are made of bfloat16 tensors as they are, in float32."""
+        """Whether products are made of bfloat16 tensors as they are, in float32.
+
+        Gradients of logits are rounded for it, as they are where GPUs multiply.
+        """
         product, widths = self.backend.pair_product, (self.weight.shape[1], *self.weight.stride())
         fits = widths[0] % 2 == 0 and widths[0] > 0 and widths[2] == 1
         narrow = self.input.dtype == self.weight.dtype == torch.bfloat16 and self.dtype == torch.float32
@@ -356,7 +363,7 @@ class LinearProblem(_Scored):
         """
         raw = self.place(memory, chunk.size, tile[1] - tile[0])
         if factor.dim() == 3 and factor.dtype == torch.bfloat16:
-            self.backend.pair_product(self.weight[tile[0] : tile[1]], factor, raw.t())
+            self.backend.pair_product(self.weight[tile[0] : tile[1]], factor, raw.t(), False)
         else:
             self.product(factor, self.head(*tile) if head is None else head, raw)
         return raw if chunk.temperature is None else raw.copy_(self.tempered(raw, chunk, tile))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import Arguments, group
-from .gemm import multiply, packed
+from .gemm import multiply
 from .problem import Chunk, LinearProblem
 
 Tile = tuple[int, int]
@@ -79,7 +79,7 @@ def multiply_tiles(
     if to_input is not None:
         make = torch.empty_like if problem.columns else torch.zeros_like
         hidden_grad = to_input[chunk.where] if in_place else make(hidden, dtype=problem.dtype)
-    factor = None if to_weight is None else packed(hidden)
+    factor = None if to_weight is None else problem.gradient_factor(hidden)
     for tile, grad in grads:
         if to_input is not None:
             head = problem.gradient_head(*tile)

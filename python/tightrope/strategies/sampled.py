@@ -129,7 +129,7 @@ class Sampler:
         self, chunk: Chunk, gradient: Scaled, hidden: Tensor, basis: Tensor, sums: Tensor
     ) -> Draw | None:
         """The columns to multiply; None for all."""
-        along = sums[:-1]
+        along, factor = sums[:-1], self.problem.gradient_factor(hidden)
         columns = Columns.of(along, sums[-1], self.heads)
         for_input = self.sampled.to_input is not None
         pilot = Pilot.draw(columns.residual * columns.head if for_input else columns.residual)
@@ -143,7 +143,7 @@ class Sampler:
             sizes = (columns.size * columns.head)[pilot.index]
             to_input = self.noise.input_noise * pilot.norm_of_sum(product, sizes)
         if self.sampled.to_weight is not None:
-            product = multiply(first, hidden, hidden.new_empty(len(first), hidden.shape[1]), rows="m")
+            product = multiply(first, factor, hidden.new_empty(len(first), hidden.shape[1]), rows="m")
             # Of the sum over the chunks so far what this one adds to the square of its norm: so the noise of
             # all chunks is within bounds of the gradient of all, whether they add up or cancel.
             growth = product * (product + 2 * gradient.scale * self._so_far(chunk, pilot.index))
@@ -176,6 +176,7 @@ class Sampler:
         hidden_grad: Tensor | None,
     ) -> Tensor | None:
         to_input, to_weight, _, _ = self.sampled.flat()
+        factor = None if to_weight is None else self.problem.gradient_factor(hidden)
         if to_input is not None:
             hidden_grad = torch.zeros_like(hidden)
         for start, stop in spans(draw.index.numel(), _GATHERED):
@@ -185,7 +186,7 @@ class Sampler:
             if to_input is not None:
                 multiply(part.t(), self._head_rows(index), hidden_grad, rows="k", accumulate=True)
             if to_weight is not None:
-                product = multiply(part, hidden, hidden.new_empty(len(part), hidden.shape[1]), rows="m")
+                product = multiply(part, factor, hidden.new_empty(len(part), hidden.shape[1]), rows="m")
                 to_weight.index_add_(0, index, product)
         into, where = hidden_grad, slice(None)
         if to_input is not None and chunk.step.alone:
@@ -233,8 +234,9 @@ class Sampler:
         return math.sqrt(_squares(self.problem, gradient, self.scale).double().sum().item()) / self.scale
 
     def _head_rows(self, index: Tensor) -> Tensor:
-        """Some rows of the head, as a GEMM's operand."""
-        return self.problem.operands(self.problem.weight.index_select(0, index), None)
+        """Some rows of the head, as gradients of logits are multiplied with them."""
+        rows = self.problem.weight.index_select(0, index)
+        return rows if self.problem.pairs else self.problem.operands(rows, None)
 
 
 def samples(

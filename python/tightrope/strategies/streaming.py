@@ -158,7 +158,8 @@ def gradients(
                 if hidden_sum is not None:
                     multiply(grad, head, hidden_sum[start:stop], rows="m", accumulate=tile[0] > 0)
                 if weight_sum is not None:
-                    multiply(grad.t(), hidden, weight_sum, rows="k", accumulate=i > 0)
+                    factor = problem.gradient_factor(hidden)
+                    multiply(grad.t(), factor, weight_sum, rows="k", accumulate=i > 0)
                 if needs.bias_grad:
                     bias_sum += grad.sum(0, dtype=dtype)
             if undo is not None:
