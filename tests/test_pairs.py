@@ -4,7 +4,18 @@ import pytest
 import torch
 
 import tightrope
-from helpers import Problem, assert_within, class_indices, evaluate, function_of, oracle, randn
+from helpers import (
+    ROUNDING,
+    Problem,
+    assert_rounded_once,
+    assert_within,
+    class_indices,
+    deviation,
+    evaluate,
+    function_of,
+    oracle,
+    randn,
+)
 from tightrope import backends
 from tightrope.backends import ops
 
@@ -93,6 +104,45 @@ def test_what_is_not_finite(product):
     exact = a.double() @ b.double().t()
     assert torch.equal(out.isnan(), exact.isnan())
     assert torch.equal(out.isinf(), exact.isinf())
+
+
+@pytest.mark.skipif(backends.BACKENDS["cpu"].pair_product is None, reason="this CPU has no products of pairs")
+@pytest.mark.parametrize("own_loss", [False, True])
+@pytest.mark.parametrize("strategy", ["chunked", "streaming"])
+def test_medium_precision(strategy, own_loss):
+    """Gradients that are rounded unasked, or not where they may be, or by more than an entry of G is."""
+    rows, vocab, width = 70, 1500, 24
+    leaves = {"input": randn(rows, width, dtype=BF16), "weight": randn(vocab, width, seed=1, dtype=BF16)}
+    target = class_indices((rows,), vocab, ignored=0.3)
+
+    def gradients(precision):
+        given = [leaf.clone().requires_grad_() for leaf in leaves.values()]
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            options = {"strategy": strategy, "workspace_mb": 0.5}
+            if own_loss:
+                loss = tightrope.linear_vocab_loss(
+                    *given, target, loss_fn=lambda stats: -stats.target_log_prob, **options
+                )
+            else:
+                loss = tightrope.linear_reality_creativity_loss(*given, target, **options)
+            return torch.autograd.grad(loss, given)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    h, w = (leaf.double() for leaf in leaves.values())
+    logits = (h @ w.t()).requires_grad_()
+    g = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, target), logits)[0]
+    for made, usual, exact, sizes in zip(
+        gradients("medium"),
+        gradients("highest"),
+        (g @ w, g.t() @ h),
+        (g.abs() @ w.abs(), g.t().abs() @ h.abs()),
+    ):
+        assert_rounded_once(usual, exact, 1e-5 * exact.square().mean().sqrt().item())
+        assert not torch.equal(made, usual)
+        assert (deviation(made, exact) <= 1.01 * ROUNDING[BF16] * (sizes + exact.abs()) + 1e-12).all()
 
 
 @pytest.mark.parametrize("strategy", ["chunked", "streaming"])

@@ -67,7 +67,7 @@ inline void pack_pairs(
 #if TIGHTROPE_PAIRS
 // Rounds a [rows, inner] to out [rows, filled_inner(inner)]. Rows that are adjacent to each other
 // go by way of memory [kPairMultiple, kPairMultiple].
-inline void round_rows(Strided a, int64_t rows, int64_t inner, at::BFloat16* out) {
+inline void round_rows(Strided<float> a, int64_t rows, int64_t inner, at::BFloat16* out) {
   const int64_t filled = filled_inner(inner);
   if (a.step == 1) {
     for (int64_t i = 0; i < rows; ++i, out += filled) {
@@ -125,8 +125,8 @@ inline void pair_product(
 
 // The same of a that is rounded first, and of what `pack_pairs` made of the other.
 inline void rounded_product(
-    Strided a, const at::BFloat16* pairs, float* out, int64_t apart, int64_t rows, int64_t cols,
-    int64_t inner, bool add) {
+    Strided<float> a, const at::BFloat16* pairs, float* out, int64_t apart, int64_t rows,
+    int64_t cols, int64_t inner, bool add) {
 #if TIGHTROPE_PAIRS
   for_parts(rows, kPairMultiple / 2, 1, [&](int64_t begin, int64_t end) {
     std::vector<at::BFloat16> rounded(kPairBlock * kPairInner);

@@ -34,8 +34,9 @@ inline int64_t panel_count(int64_t cols) {
 }
 
 // A matrix whose entry (i, k) is data[i * row + k * step].
+template <class E>
 struct Strided {
-  const float* data;
+  const E* data;
   int64_t row, step;
 
   Strided from(int64_t i, int64_t k) const { return {data + i * row + k * step, row, step}; }
@@ -45,7 +46,7 @@ struct Strided {
 // vectors.
 template <int kRows, int kVectors>
 void multiply_block(
-    Strided a, const float* panel, int64_t inner, float* out, int64_t stride, int64_t cols,
+    Strided<float> a, const float* panel, int64_t inner, float* out, int64_t stride, int64_t cols,
     bool add) {
   Lanes sums[kRows][kVectors];
 #pragma GCC unroll 8
@@ -87,7 +88,7 @@ void multiply_block(
 // The same of any number of rows.
 template <int kVectors>
 void multiply_panel(
-    Strided a, const float* panel, int64_t inner, float* out, int64_t stride, int64_t rows,
+    Strided<float> a, const float* panel, int64_t inner, float* out, int64_t stride, int64_t rows,
     int64_t cols, bool add) {
   int64_t i = 0;
   const auto go = [&](auto count) {
@@ -107,10 +108,11 @@ void multiply_panel(
 class Ahead {
  public:
   Ahead() = default;
-  Ahead(const float* from, int64_t rows, int64_t cols, int64_t apart, int64_t steps)
-      : from_(from),
-        lines_((cols + kLine - 1) / kLine),
-        apart_(apart),
+  template <class E>
+  Ahead(const E* from, int64_t rows, int64_t cols, int64_t apart, int64_t steps)
+      : from_(reinterpret_cast<const char*>(from)),
+        lines_((cols * static_cast<int64_t>(sizeof(E)) + kLine - 1) / kLine),
+        apart_(apart * static_cast<int64_t>(sizeof(E))),
         left_(rows * lines_),
         each_((left_ + steps - 1) / std::max<int64_t>(steps, 1)) {}
 
@@ -122,15 +124,15 @@ class Ahead {
   }
 
  private:
-  static constexpr int64_t kLine = 64 / sizeof(float);
-  const float* from_ = nullptr;
+  static constexpr int64_t kLine = 64;  // bytes
+  const char* from_ = nullptr;
   int64_t lines_ = 0, apart_ = 0, left_ = 0, each_ = 0, line_ = 0;
 };
 
 // out [rows, cols] = or += a [rows, inner] times panels, `apart` elements from each other.
 template <class... Aheads>
 void multiply_panels(
-    Strided a, const float* panels, int64_t apart, int64_t inner, float* out, int64_t stride,
+    Strided<float> a, const float* panels, int64_t apart, int64_t inner, float* out, int64_t stride,
     int64_t rows, int64_t cols, bool add, Aheads&... ahead) {
   for (int64_t first = 0; first < cols; first += kPanel, panels += apart) {
     (ahead.next(), ...);
@@ -142,18 +144,20 @@ void multiply_panels(
   }
 }
 
-// Packs b [inner, cols] in panels [ceil(cols / kPanel), inner, kPanel].
-inline void pack_panels(Strided b, int64_t inner, int64_t cols, float* panels) {
+// Packs b [inner, cols], of float32 or what is converted to it, in panels [ceil(cols / kPanel),
+// inner, kPanel].
+template <class S>
+void pack_panels(Strided<S> b, int64_t inner, int64_t cols, float* panels) {
   for (int64_t first = 0; first < cols; first += kPanel, panels += inner * kPanel) {
     const int64_t count = std::min(kPanel, cols - first);
     if (count < kPanel) std::fill_n(panels, inner * kPanel, 0.0f);
     for (int64_t k = 0; k < inner; ++k) {
-      const float* const from = b.from(k, first).data;
+      const S* const from = b.from(k, first).data;
       float* const to = panels + k * kPanel;
       if (b.step == 1) {
-        std::copy_n(from, count, to);
+        for (int64_t j = 0; j < count; ++j) to[j] = static_cast<float>(from[j]);
       } else {
-        for (int64_t j = 0; j < count; ++j) to[j] = from[j * b.step];
+        for (int64_t j = 0; j < count; ++j) to[j] = static_cast<float>(from[j * b.step]);
       }
     }
   }
@@ -180,7 +184,7 @@ inline int64_t units_of(int64_t products) {
 
 // out [rows, cols] = or += a [rows, inner] times what `pack_panels` made of the other.
 inline void product_of_panels(
-    Strided a, const float* panels, int64_t inner, float* out, int64_t stride, int64_t rows,
+    Strided<float> a, const float* panels, int64_t inner, float* out, int64_t stride, int64_t rows,
     int64_t cols, bool add) {
   const int64_t depth = std::max<int64_t>((inner + kInnerOfPanels - 1) / kInnerOfPanels, 1);
   const int64_t most = (inner + depth - 1) / depth, together = rows_together(most, cols);
@@ -204,7 +208,7 @@ inline void product_of_panels(
 
 // kTall rows of a, or what there is of them, as memory [inner, kTall]: they meet many panels, which
 // would push them out of the first-level cache where they lie apart.
-inline Strided gathered_rows(Strided a, int64_t rows, int64_t inner, float* memory) {
+inline Strided<float> gathered_rows(Strided<float> a, int64_t rows, int64_t inner, float* memory) {
   if (a.row == 1 && rows == kTall) {
     for (int64_t k = 0; k < inner; ++k) std::copy_n(a.from(0, k).data, kTall, memory + k * kTall);
     return {memory, 1, kTall};
@@ -217,9 +221,10 @@ inline Strided gathered_rows(Strided a, int64_t rows, int64_t inner, float* memo
 
 // out [rows, cols] = or += a [rows, inner] times b [inner, cols], which each thread packs as it
 // goes.
-inline void product(
-    Strided a, Strided b, int64_t inner, float* out, int64_t stride, int64_t rows, int64_t cols,
-    bool add) {
+template <class S>
+void product(
+    Strided<float> a, Strided<S> b, int64_t inner, float* out, int64_t stride, int64_t rows,
+    int64_t cols, bool add) {
   for_parts(cols, kPanel, units_of(kPanel * rows * inner), [&](int64_t begin, int64_t end) {
     const int64_t width = end - begin, most = std::min(kInner, inner);
     std::vector<float> packed((panel_count(width) * kPanel + kTall) * most);

@@ -10,8 +10,9 @@
 namespace tightrope::cpu {
 inline namespace CPU_CAPABILITY {
 
-inline Strided make_strided(const Tensor& t) {
-  return {t.const_data_ptr<float>(), t.stride(0), t.stride(1)};
+template <class S>
+Strided<S> make_strided(const Tensor& t) {
+  return {t.const_data_ptr<S>(), t.stride(0), t.stride(1)};
 }
 
 inline void pairs_op(const Tensor& b, Tensor& out) {
@@ -48,7 +49,7 @@ inline void pair_product_op(const Tensor& a, const Tensor& pairs, Tensor& out, b
     return;
   }
   if (rounds) {
-    auto left = make_strided(a);
+    auto left = make_strided<float>(a);
     if (inner <= 1) left.step = 1;
     if (rows <= 1 && left.step != 1) left.row = 1;
     TORCH_CHECK_VALUE(
@@ -72,7 +73,7 @@ inline void panels_op(const Tensor& b, Tensor& out) {
   TORCH_CHECK_TYPE(b.scalar_type() == at::kFloat, "b is ", b.scalar_type(), ", expected float");
   const int64_t inner = b.size(0), cols = b.size(1);
   check(out, "out", {panel_count(cols), inner, kPanel}, at::kFloat);
-  const auto from = make_strided(b);
+  const auto from = make_strided<float>(b);
   float* const panels = out.data_ptr<float>();
   for_parts(cols, kPanel, units_of(16 * inner * kPanel), [&](int64_t begin, int64_t end) {
     pack_panels(from.from(0, begin), inner, end - begin, panels + begin * inner);
@@ -86,12 +87,14 @@ inline void product_op(const Tensor& a, const Tensor& b, Tensor& out, bool add) 
       ", expected two dimensions, those of out adjacent along the second");
   const int64_t rows = out.size(0), cols = out.size(1), inner = a.size(1);
   TORCH_CHECK_VALUE(a.size(0) == rows, "a has ", a.size(0), " rows, expected ", rows);
-  for (const Tensor* t : {&a, &b, const_cast<const Tensor*>(&out)}) {
+  for (const Tensor* t : {&a, const_cast<const Tensor*>(&out)}) {
     TORCH_CHECK_TYPE(
-        t->scalar_type() == at::kFloat, "an operand is ", t->scalar_type(), ", expected float");
+        t->scalar_type() == at::kFloat, "a or out is ", t->scalar_type(), ", expected float");
   }
   const auto run = [&](auto kernel, auto factor) {
-    kernel(make_strided(a), factor, inner, out.data_ptr<float>(), out.stride(0), rows, cols, add);
+    kernel(
+        make_strided<float>(a), factor, inner, out.data_ptr<float>(), out.stride(0), rows, cols,
+        add);
   };
   if (b.dim() != 2) {
     check(b, "b", {panel_count(cols), inner, kPanel}, at::kFloat);
@@ -101,7 +104,12 @@ inline void product_op(const Tensor& a, const Tensor& b, Tensor& out, bool add) 
   TORCH_CHECK_VALUE(
       b.size(0) == inner && b.size(1) == cols, "b has shape ", b.sizes(), ", expected [", inner,
       ", ", cols, "]");
-  run(product, make_strided(b));
+  if (b.scalar_type() == at::kBFloat16) {
+    run(product<at::BFloat16>, make_strided<at::BFloat16>(b));
+  } else {
+    TORCH_CHECK_TYPE(b.scalar_type() == at::kFloat, "b is ", b.scalar_type(), ", expected float");
+    run(product<float>, make_strided<float>(b));
+  }
 }
 
 }  // namespace CPU_CAPABILITY

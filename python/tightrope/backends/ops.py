@@ -18,7 +18,7 @@ pair_product writes out [M, N] = a [M, K] times pairs [K / 2, N, 2], bfloat16 bo
 is float32 is rounded, and takes what pairs wrote; with add it is added to out, which is adjacent along N.
 panels writes b [K, N] to out [P, K, w]: P panels of w columns each, what is missing of the last one as zeros.
 product writes out [M, N] = a [M, K] times b, which is [K, N] or its panels; with add it is added to out,
-which is adjacent along N. All are float32.
+which is adjacent along N. All are float32, but for b [K, N], which may be bfloat16.
 row_loss_grad takes whole rows: with upstream [11, R] (`RowUpstream`) it writes partial, argmax and out in one
 go; where the backend fuses, an out of a narrower dtype may have the front of each row's memory.
 Arithmetic is float32, float64 for float64 logits; all but logits and out have that dtype.

@@ -35,19 +35,22 @@ def multiply(
     rows: Literal["m", "k", "n"],
     accumulate: bool = False,
     scale: Tensor | None = None,
+    rounds: bool = False,
 ) -> Tensor:
     """``out = a @ b``, or ``out += a @ b``, for a [m, k], b [k, n], out [m, n]; out is not read otherwise.
 
-    b may be what `packed` made of it. a and b have the dtype of out, or a narrower one; a may be rounded to
-    that of b, which lies along n as out does. scale (0-dimensional) multiplies the product. rows: which size
-    counts rows of a batch, and so may be another in each call.
+    b may be what `packed` made of it. a and b have the dtype of out, or a narrower one. scale
+    (0-dimensional) multiplies the product. rows: which size counts rows of a batch, and so may be another in
+    each call. rounds: a may be rounded to the dtype of b, which lies along n as out does, where products of
+    such are fast.
     """
     if scale is not None:
-        return _put(multiply(a, b, torch.empty_like(out), rows=rows).mul_(scale), out, accumulate)
+        made = multiply(a, b, torch.empty_like(out), rows=rows, rounds=rounds).mul_(scale)
+        return _put(made, out, accumulate)
     if a.dtype != out.dtype and widens(a.device, a.dtype):
         return torch.addmm(out, a, b, beta=int(accumulate), out_dtype=out.dtype, out=out)
     a = a.to(out.dtype)
-    if b.dtype == torch.bfloat16 and out.dtype == torch.float32 and multiplies_pairs(b.device):
+    if rounds and b.dtype == torch.bfloat16 and out.dtype == torch.float32 and multiplies_pairs(b.device):
         torch.ops.tightrope.pair_product(a, packed(b), out, accumulate)
         return out
     if a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and b.numel():
@@ -61,7 +64,7 @@ def multiply(
 
 
 def packed(b: Tensor) -> Tensor:
-    """b [k, n] as `multiply` takes it best where that meets it more than once."""
+    """b [k, n] as `multiply` takes it best where it meets it more than once, and rounds if b is bfloat16."""
     if b.dim() == 2 and b.dtype == torch.bfloat16 and multiplies_pairs(b.device):
         filled = -(-b.shape[0] // backends.PAIR_MULTIPLE) * backends.PAIR_MULTIPLE
         made = b.new_empty(filled // 2, b.shape[1], 2)
@@ -78,7 +81,7 @@ def _by_own(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> Tensor:
     if out.shape[1] > 1 and out.stride(1) != 1:
         _by_own(b.t().to(out.dtype), a.t(), out.t(), accumulate)
     else:
-        torch.ops.tightrope.product(a, b.to(out.dtype), out, accumulate)
+        torch.ops.tightrope.product(a, b if b.dtype == torch.bfloat16 else b.to(out.dtype), out, accumulate)
     return out
 
 

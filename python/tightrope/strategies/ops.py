@@ -44,7 +44,8 @@ def exact_products(device: torch.device) -> Iterator[None]:
     """GEMMs as they are asked for: autocast would round the logits to half precision.
 
     So would, on CPUs with bfloat16 instructions, ``torch.set_float32_matmul_precision("medium")``, by which
-    training scripts ask for fast products on a GPU.
+    training scripts ask for fast products on a GPU. Here it is for gradients of logits alone, beside a head
+    and hidden states that are bfloat16 themselves: a problem that was made before knows of it.
     """
     matmul = torch.backends.mkldnn.matmul
     precision = matmul.fp32_precision if device.type == "cpu" else "ieee"
@@ -72,7 +73,8 @@ def linear_problem(
     scoring = _scoring(arguments, rows, weight.shape[0], input.device)
     teacher = _teacher(arguments, scoring, arithmetic_dtype(input, weight, bias))
     noise = arguments.part(NoiseArguments)
-    return LinearProblem(input, weight, bias, noise=noise, **scoring, teacher=teacher)
+    narrow = torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    return LinearProblem(input, weight, bias, noise=noise, narrow=narrow, **scoring, teacher=teacher)
 
 
 def logits_problem(logits: Tensor, arguments: LogitsArguments) -> LogitsProblem:
@@ -229,19 +231,22 @@ class Span(Arguments):
     stop: int
 
 
-def _chunk(input, weight, bias, arguments: LinearArguments, span: Span):
-    """(problem, chunk, the same chunk, its hidden states), of a process that has all of the vocabulary."""
+def _chunk_problem(input, weight, bias, arguments: LinearArguments, span: Span) -> LinearProblem:
     active = arguments.valid if span.kept is None else None
-    rows = Rows(input.shape[0], span.kept, active)
-    problem = linear_problem(input, weight, bias, arguments, rows)
+    return linear_problem(input, weight, bias, arguments, Rows(input.shape[0], span.kept, active))
+
+
+def _chunk(problem: LinearProblem, span: Span):
+    """(problem, chunk, the same chunk, its hidden states), of a process that has all of the vocabulary."""
     chunk = problem.chunk(span.start, span.stop)
     return problem, chunk, chunk, problem.hidden(chunk)
 
 
 def _chunk_stats(memory, span: Span, input, weight, bias, arguments: LinearArguments):
     """Fill memory with the logits of a chunk of rows; gives their summary [SUMMARY, n] and argmax [n]."""
+    problem = _chunk_problem(input, weight, bias, arguments, span)
     with exact_products(input.device):
-        return chunked.chunk_statistics(*_chunk(input, weight, bias, arguments, span), memory)
+        return chunked.chunk_statistics(*_chunk(problem, span), memory)
 
 
 def _chunk_stats_fake(memory, span, input, weight, bias, arguments):
@@ -265,8 +270,9 @@ def _chunk_gradients(
 ) -> None:
     """Add to the gradients what the chunk contributes whose logits memory holds; coef [7 or 14, n]."""
     gradients = Gradients(to_input, to_weight, to_bias, to_temperature)
+    problem = _chunk_problem(input, weight, bias, arguments, span)
     with exact_products(input.device):
-        problem, chunk, *rest = _chunk(input, weight, bias, arguments, span)
+        problem, chunk, *rest = _chunk(problem, span)
         if problem.teacher is not None:
             chunk.target.dense.keep(chunked.of_teacher(memory))
         whole = problem, chunk, *rest

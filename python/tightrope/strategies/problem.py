@@ -261,6 +261,7 @@ class LinearProblem(_Scored):
     bias: Tensor | None
     noise: NoiseArguments = field(default_factory=NoiseArguments)
     widened: bool = False  # every operand is of the dtype of the arithmetic
+    narrow: bool = False  # gradients of logits may be rounded to bfloat16 as operands
     arithmetic: torch.dtype | None = None  # a teacher's is the student's
 
     @cached_property
@@ -310,12 +311,12 @@ class LinearProblem(_Scored):
         return self.weight[start:stop].to(self.operand)
 
     def gradient_head(self, start: int, stop: int) -> Tensor:
-        """Rows start:stop of the head as gradients of logits are multiplied with them (`pairs`)."""
+        """Rows start:stop of the head, for products with gradients of logits: `multiply` converts them."""
         return self.weight[start:stop] if self.pairs else self.head(start, stop)
 
     def gradient_factor(self, hidden: Tensor) -> Tensor:
-        """Hidden states [n, D], likewise."""
-        return packed(hidden.to(torch.bfloat16) if self.pairs else hidden)
+        """Hidden states [n, D], for products with gradients of logits, of which there are several."""
+        return packed(hidden.to(torch.bfloat16) if self.rounds else hidden)
 
     def head_bias(self, start: int, stop: int) -> Tensor | None:
         return None if self.bias is None else self.bias[start:stop].to(self.dtype).contiguous()
@@ -329,14 +330,16 @@ class LinearProblem(_Scored):
 
     @cached_property
     def pairs(self) -> bool:
-        """Whether products are made of bfloat16 tensors as they are, in float32.
-
-        Gradients of logits are rounded for it, as they are where GPUs multiply.
-        """
+        """Whether logits are made of bfloat16 tensors as they are, in float32."""
         product, widths = self.backend.pair_product, (self.weight.shape[1], *self.weight.stride())
         fits = widths[0] % 2 == 0 and widths[0] > 0 and widths[2] == 1
         narrow = self.input.dtype == self.weight.dtype == torch.bfloat16 and self.dtype == torch.float32
         return product is not None and fits and narrow
+
+    @cached_property
+    def rounds(self) -> bool:
+        """Whether gradients of logits are rounded to bfloat16 where they are multiplied."""
+        return self.narrow and self.pairs
 
     def factor(self, hidden: Tensor) -> Tensor:
         """Hidden states [n, D] as `raw_logits` takes them best where it meets them more than once."""

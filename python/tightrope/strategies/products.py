@@ -83,10 +83,12 @@ def multiply_tiles(
     for tile, grad in grads:
         if to_input is not None:
             head = problem.gradient_head(*tile)
-            multiply(grad, head, hidden_grad, rows="m", accumulate=tile[0] > 0)
+            add = tile[0] > 0
+            multiply(grad, head, hidden_grad, rows="m", accumulate=add, rounds=problem.rounds)
         if to_weight is not None:
             part = to_weight[tile[0] : tile[1]]
-            multiply(grad.t(), factor, part, rows="k", accumulate=not chunk.first, scale=undo)
+            how = {"accumulate": not chunk.first, "scale": undo, "rounds": problem.rounds}
+            multiply(grad.t(), factor, part, rows="k", **how)
         if to_bias is not None:
             bias_grad = grad.sum(0, dtype=problem.dtype)
             to_bias[tile[0] : tile[1]] += bias_grad if undo is None else bias_grad * undo

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ from .sampling import Columns, Draw, Pilot, importance
 _GATHERED = 2048
 # Chunks whose parts of low rank wait for each other: a number of the size of V a chunk is kept.
 _WAITING = 16
+# Where no less noise is asked for, bfloat16 operands are multiplied as they are: what rounding their gradients
+# adds, 2^-8 of an entry at most, is lost in it.
+_ROUNDED = 2.0**-8
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,9 @@ class Sampler:
 
     def __init__(self, problem: LinearProblem, gradients: Gradients, noise: NoiseArguments):
         self.problem, self.noise = problem, noise
+        least = min(x for x in (noise.input_noise, noise.weight_noise) if x)
+        # What the thin products are made of.
+        self.thin = replace(problem, narrow=problem.narrow or least >= _ROUNDED)
         # What is sampled, and what is made in full.
         to_input = gradients.to_input if noise.input_noise else None
         to_weight = gradients.to_weight if noise.weight_noise else None
@@ -129,7 +135,7 @@ class Sampler:
         self, chunk: Chunk, gradient: Scaled, hidden: Tensor, basis: Tensor, sums: Tensor
     ) -> Draw | None:
         """The columns to multiply; None for all."""
-        along, factor = sums[:-1], self.problem.gradient_factor(hidden)
+        along, factor = sums[:-1], self.thin.gradient_factor(hidden)
         columns = Columns.of(along, sums[-1], self.heads)
         for_input = self.sampled.to_input is not None
         pilot = Pilot.draw(columns.residual * columns.head if for_input else columns.residual)
@@ -139,11 +145,11 @@ class Sampler:
         if for_input:
             weighed = first / pilot.chance.unsqueeze(-1).to(first.dtype)
             rows = self._head_rows(pilot.index)
-            product = multiply(weighed.t(), rows, torch.empty_like(hidden), rows="k")
+            product = self._product(weighed.t(), rows, torch.empty_like(hidden), rows="k")
             sizes = (columns.size * columns.head)[pilot.index]
             to_input = self.noise.input_noise * pilot.norm_of_sum(product, sizes)
         if self.sampled.to_weight is not None:
-            product = multiply(first, factor, hidden.new_empty(len(first), hidden.shape[1]), rows="m")
+            product = self._product(first, factor, hidden.new_empty(len(first), hidden.shape[1]), rows="m")
             # Of the sum over the chunks so far what this one adds to the square of its norm: so the noise of
             # all chunks is within bounds of the gradient of all, whether they add up or cancel.
             growth = product * (product + 2 * gradient.scale * self._so_far(chunk, pilot.index))
@@ -176,7 +182,7 @@ class Sampler:
         hidden_grad: Tensor | None,
     ) -> Tensor | None:
         to_input, to_weight, _, _ = self.sampled.flat()
-        factor = None if to_weight is None else self.problem.gradient_factor(hidden)
+        factor = None if to_weight is None else self.thin.gradient_factor(hidden)
         if to_input is not None:
             hidden_grad = torch.zeros_like(hidden)
         for start, stop in spans(draw.index.numel(), _GATHERED):
@@ -184,9 +190,11 @@ class Sampler:
             part = gradient.gradient.t().index_select(0, index)
             part.addmm_(along[:, index].t(), basis, alpha=-1).mul_(inverse.unsqueeze(-1))
             if to_input is not None:
-                multiply(part.t(), self._head_rows(index), hidden_grad, rows="k", accumulate=True)
+                rows = self._head_rows(index)
+                self._product(part.t(), rows, hidden_grad, rows="k", accumulate=True)
             if to_weight is not None:
-                product = multiply(part, factor, hidden.new_empty(len(part), hidden.shape[1]), rows="m")
+                product = hidden.new_empty(len(part), hidden.shape[1])
+                self._product(part, factor, product, rows="m")
                 to_weight.index_add_(0, index, product)
         into, where = hidden_grad, slice(None)
         if to_input is not None and chunk.step.alone:
@@ -208,7 +216,7 @@ class Sampler:
         for start, stop in problem.tiles(len(along)):
             of_tile = along[:, start:stop]
             if to_input is not None:
-                multiply(of_tile, problem.gradient_head(start, stop), sums, rows="m", accumulate=True)
+                self._product(of_tile, problem.gradient_head(start, stop), sums, rows="m", accumulate=True)
             if to_weight is not None:
                 multiply(of_tile.t(), hidden, to_weight[start:stop], rows="k", accumulate=True)
         if to_input is not None:
@@ -232,6 +240,10 @@ class Sampler:
 
     def _norm(self, gradient: Tensor) -> float:
         return math.sqrt(_squares(self.problem, gradient, self.scale).double().sum().item()) / self.scale
+
+    def _product(self, *operands: Tensor, **how) -> Tensor:
+        """As `multiply`."""
+        return multiply(*operands, **how, rounds=self.thin.rounds)
 
     def _head_rows(self, index: Tensor) -> Tensor:
         """Some rows of the head, as gradients of logits are multiplied with them."""

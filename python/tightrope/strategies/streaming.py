@@ -156,10 +156,11 @@ def gradients(
                 hidden = kept[i] if kept else problem.hidden(chunk)
                 grad = _gradient(problem, hidden, head, flat, forms[i], chunk, tile)
                 if hidden_sum is not None:
-                    multiply(grad, head, hidden_sum[start:stop], rows="m", accumulate=tile[0] > 0)
+                    part, add = hidden_sum[start:stop], tile[0] > 0
+                    multiply(grad, head, part, rows="m", accumulate=add, rounds=problem.rounds)
                 if weight_sum is not None:
                     factor = problem.gradient_factor(hidden)
-                    multiply(grad.t(), factor, weight_sum, rows="k", accumulate=i > 0)
+                    multiply(grad.t(), factor, weight_sum, rows="k", accumulate=i > 0, rounds=problem.rounds)
                 if needs.bias_grad:
                     bias_sum += grad.sum(0, dtype=dtype)
             if undo is not None:
