@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ for package in ("matplotlib", "psutil", "rich"):
     pytest.importorskip(package)
 import psutil
 
-from tightrope.cli.bench import cases, competitors, figures, inputs, measure, process, truth
+from tightrope.cli.bench import cases, competitors, figures, inputs, measure, peers, process, truth
 
 TINY = cases.Case("tiny", 24, 16, 130)
 LOSSES = list(cases.LOSSES.values())
@@ -242,7 +243,7 @@ def test_a_whole_run(capsys, tmp_path):
         names = {row["competitor"] for row in ran if row["scenario"] == scenario}
         assert "eager PyTorch" in names and "tightrope streaming [eager]" in names
         assert ("tightrope chunked [eager]" in names) == (scenario != "rl")
-        has_chunks = competitors.HAS_CHUNKED_TORCH and scenario == "sft"
+        has_chunks = hasattr(torch.nn.functional, "linear_cross_entropy") and scenario in ("sft", "rl")
         assert ("F.linear_cross_entropy" in names) == has_chunks
         assert scenario in printed
     for row in ran:
@@ -259,6 +260,99 @@ def test_a_whole_run(capsys, tmp_path):
     assert "against" not in printed.splitlines()[-1]
     text = (tmp_path / "bench.md").read_text()
     assert "three bare GEMMs" in text and "QuACK: runs on cuda" in text
+
+
+def test_the_heads_of_trl_have_the_loss_and_gradients():
+    """A peer whose ignored rows count, or with its entropy or its mixture the wrong way round."""
+    pytest.importorskip("trl", minversion="1.16")
+    for name, scenario in (("TRL", "sft"), ("TRL", "lora"), ("TRL", "rl"), ("TRL JSD", "divergence")):
+        case = cases.Case("", 24, 16, 130, scenario=scenario)
+        step, loss, peer = inputs.make_step(case), case.scored(LOSSES[0]), competitor(name)
+        assert peer.refuses(case, loss) is None and peer.loss_compared(loss) == loss
+        value = measure.step_of(peer.loss, step, loss)
+        found = truth.errors(value, step, truth.truths(step, [loss])[loss.name])
+        assert all(error is None or error < 1e-5 for error in found.values()), (name, scenario, found)
+
+
+def test_where_the_auto_chunker_cuts_nothing_its_line_fails(monkeypatch):
+    """Plain torch.compile under its name: inductor says nothing where it leaves a head whole."""
+    metrics = pytest.importorskip("torch._inductor.metrics")
+    monkeypatch.setattr(metrics, "num_auto_chunking", 0, raising=False)
+    monkeypatch.setattr(peers, "_compile_chunked", lambda: truth.eager_loss)
+    auto_chunked = competitor(competitors.AUTO_CHUNKED).loss
+    with pytest.raises(RuntimeError, match="nothing to cut"):
+        auto_chunked(inputs.make_step(TINY), LOSSES[0])
+
+
+def test_the_noise_of_drawn_gradients_is_that_of_all_entries():
+    """The errors of the rows that are compared with float64, which are mostly of targets and so exact; or
+    none, beside a time that is below the floor."""
+    step, loss = inputs.make_step(cases.Case("", 128, 64, 4000)), LOSSES[1]
+    generator = torch.Generator().manual_seed(1)
+    with (
+        torch.no_grad()
+    ):  # peaked, few classes frequent, tokens as likely as they are: so few columns are drawn
+        common = torch.randn(64, generator=generator)
+        frequent = -torch.log1p(torch.arange(4000.0))
+        step.hidden.add_(common)
+        step.weight.mul_(6).add_(frequent.unsqueeze(-1) * common / common.square().sum())
+        p = torch.softmax(step.hidden @ step.weight.T, -1)
+    step = replace(step, target=torch.multinomial(p, 1, generator=generator).squeeze(-1))
+    noise = 0.05
+    sampled = replace(
+        next(c for c in competitors.all_competitors() if c.noise),
+        loss=partial(competitors.ours, gradient_noise=noise),
+        noise=noise,
+    )
+    torch.manual_seed(0)
+    found = measure.noise_found(sampled, step, loss)
+    assert found["sampled_share"] < 0.5
+    for name in ("hidden", "weight"):
+        assert 0 < found[f"{name}_noise_expected"] <= noise
+        assert found[f"{name}_noise"] == pytest.approx(found[f"{name}_noise_expected"], rel=0.3)
+    later = replace(step, advantage=torch.ones(128))
+    assert list(measure.noise_found(sampled, later, loss)) == ["hidden_noise", "weight_noise"]
+
+
+def test_a_line_of_drawn_gradients_shows_their_noise():
+    """A sampled step that looks like an exact one in the table."""
+    from tightrope.cli.bench import report
+
+    row = asdict(TINY) | {"competitor": "sampled", "loss": "l", "skipped": "", "spread": 0.0}
+    row |= dict.fromkeys(("ms", "gemms_ms", "x_gemms", "x_ours", "memory_mb"), 1.0)
+    row |= dict.fromkeys(("loss_error", "hidden_grad_error", "weight_grad_error"), 1e-7)
+    noise = {"hidden_noise": 0.0048, "hidden_noise_expected": 0.0047, "weight_noise": 0.0031}
+    (_, _, line, exact) = report._lines([row | noise | {"sampled_share": 0.091}, row])
+    assert line[0] == "sampled, 9.1% of the columns" and line[-2:] == ["0.48% (0.47%)", "0.31%"]
+    assert exact[0] == "sampled" and exact[-2:] == ["1e-07", "1e-07"]
+
+
+@pytest.mark.parametrize("name", ["TRL", "TRL JSD", "cut-cross-entropy", "Liger scaled", "Liger JSD"])
+def test_a_peer_that_is_not_installed_says_so_in_every_scenario(name, monkeypatch):
+    """One that says so in some scenarios, and in others that it has no such loss."""
+    monkeypatch.setattr(competitors.importlib.util, "find_spec", lambda module: None)
+    peer = competitor(name)
+    for scenario in cases.SCENARIOS:
+        case = cases.Case("", 24, 16, 130, scenario=scenario)
+        assert peer.refuses(case, case.scored(LOSSES[0])) == f"{peer.package} is not installed"
+
+
+def test_a_peer_of_two_heads_is_in_their_divergence_alone(monkeypatch):
+    """A divergence that is refused as every other loss of a teacher's head is."""
+    monkeypatch.setattr(
+        competitors.importlib.util, "find_spec", lambda module: None if module == "trl" else 1
+    )
+    for scenario in cases.SCENARIOS:
+        case = cases.Case("", 24, 16, 130, scenario=scenario)
+        reason = competitor("Liger JSD").refuses(case, case.scored(LOSSES[0]))
+        wanted = None if scenario == "divergence" else "a divergence of two heads alone"
+        assert reason == wanted, scenario
+
+
+def test_an_old_trl_says_which_one_has_the_head(monkeypatch):
+    monkeypatch.setattr(competitors.importlib.util, "find_spec", lambda module: 1)
+    monkeypatch.setattr(competitors.importlib.metadata, "version", lambda package: "0.9.6")
+    assert competitor("TRL").refuses(TINY, LOSSES[0]) == "trl 0.9.6 has none, 1.16 has"
 
 
 def test_a_picture_is_drawn_where_it_shows_something(tmp_path):

@@ -4,10 +4,12 @@ SmolLM2-135M's hidden states on the King James text, as `tightrope bench` makes 
 columns that is multiplied, and the errors of dh and dW over their norms, predicted and measured over draws,
 with that of the mean of the draws, which would not shrink if there were a bias.
 
-The filter is that of cut-cross-entropy, in plain PyTorch, for the package's runs on GPUs only: what it skips
-are blocks of tokens and classes in which no entry of the softmax's gradient reaches 2^-12, with the classes
-in the order of their mean logits. Block size and threshold are those of its source; its arithmetic, bfloat16,
-is not emulated.
+The filter is that of cut-cross-entropy, in plain PyTorch, since the package's runs on GPUs only. As in its
+source: a block of 128 tokens and 128 classes is left out of dh and dW alike where no entry of
+softmax - onehot, in float32 and before any upstream gradient or mean, reaches the threshold, a 32nd of the
+input dtype's epsilon: 2^-12 in bfloat16, 2^-15 in float16. The classes are in the order of their mean logits.
+Its rounding, of gradients and of their sums to the input dtype, is not emulated: these are the errors of
+leaving out alone. A `filter_eps=None` leaves nothing out.
 
     python benchmarks/sampled/errors.py --rows 2048
 """
@@ -15,23 +17,34 @@ is not emulated.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import tightrope
-from tightrope.cli.bench import inputs
+from tightrope.cli.bench.cases import REAL_DIM, REAL_VOCAB, Case
+from tightrope.cli.bench.inputs import make_step
 
-FILTER, BLOCK_ROWS, BLOCK_CLASSES = 2.0**-12, 128, 128
+BLOCK_ROWS, BLOCK_CLASSES = 128, 128
+FILTERS = {
+    f"{dtype}".removeprefix("torch."): torch.finfo(dtype).eps / 32
+    for dtype in (torch.bfloat16, torch.float16)
+}
+TEACHER = "cross-entropy of a teacher's top 64"  # that of the bench
 LOSSES = {
     "cross-entropy": {},
     "0.92 cross-entropy - 0.08 entropy": {"balance": 0.08},
     "0.8 cross-entropy + 0.2 collision": {"balance": 0.2, "creativity": "collision"},
+    "0.9 squared error - 0.1 entropy": {"reality": "squared_error", "balance": 0.1},
+    "cross-entropy, smoothed by 0.1": {"label_smoothing": 0.1},
+    TEACHER: {},
 }
 Gradients = tuple[Tensor, Tensor]
+Target = Tensor | tightrope.TopKTarget
 
 
-def ours(hidden: Tensor, weight: Tensor, target: Tensor, noise: float, options: dict):
+def ours(hidden: Tensor, weight: Tensor, target: Target, noise: float, options: dict):
     """Gradients and statistics of a call."""
     leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
     loss, stats = tightrope.linear_reality_creativity_loss(
@@ -40,15 +53,15 @@ def ours(hidden: Tensor, weight: Tensor, target: Tensor, noise: float, options: 
     return torch.autograd.grad(loss, leaves), stats
 
 
-def filtered(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Gradients, float]:
+def filtered(hidden: Tensor, weight: Tensor, target: Tensor, threshold: float) -> tuple[Gradients, float]:
     """Gradients of mean cross-entropy without the blocks that the filter skips; and the share it keeps."""
-    order = (weight @ hidden.mean(0)).argsort(descending=True)
+    order = (weight @ hidden.mean(0)).argsort()
     to_hidden, to_weight, kept = torch.zeros_like(hidden), torch.zeros_like(weight), []
     for rows in torch.arange(len(hidden)).split(BLOCK_ROWS):
         gradient = torch.softmax(hidden[rows] @ weight.t(), -1)
         gradient[torch.arange(len(rows)), target[rows]] -= 1
         blocks = gradient[:, order].split(BLOCK_CLASSES, 1)
-        reached = torch.stack([block.abs().amax() >= FILTER for block in blocks])
+        reached = torch.stack([block.abs().amax() >= threshold for block in blocks])
         skipped = reached.logical_not().repeat_interleave(BLOCK_CLASSES)[: len(weight)]
         gradient[:, order[skipped]] = 0
         gradient /= len(hidden)
@@ -74,20 +87,22 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=4, help="(%(default)s)")
     parser.add_argument("--noise", type=float, action="append", help="allowed; repeat (0.01 and 0.005)")
     args = parser.parse_args()
-    data = torch.load(inputs.real_inputs())
-    hidden, target = data["hidden"][: args.rows].float(), data["target"][: args.rows]
-    weight = data["weight"].float()
+    case = Case("", args.rows, REAL_DIM, REAL_VOCAB, inputs="real")
+    step = make_step(case)
+    hidden, weight, target = step.hidden.detach(), step.weight.detach(), step.target
+    taught = make_step(replace(case, scenario="distillation"))
     print(
         "| loss | noise | columns | dh predicted | measured | of mean | dW predicted | measured | of mean |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, options in LOSSES.items():
-        exact, _ = ours(hidden, weight, target, 0.0, options)
+        scored = tightrope.TopKTarget(taught.target, taught.probs) if name == TEACHER else target
+        exact, _ = ours(hidden, weight, scored, 0.0, options)
         for noise in args.noise or (0.01, 0.005):
             mean = [torch.zeros_like(g) for g in exact]
             squares, predicted, share = [0.0, 0.0], torch.zeros(2), 0.0
             for _ in range(args.draws):
-                made, stats = ours(hidden, weight, target, noise, options)
+                made, stats = ours(hidden, weight, scored, noise, options)
                 for i, error in enumerate(errors(made, exact)):
                     squares[i] += error**2 / args.draws
                     mean[i] += made[i] / args.draws
@@ -96,11 +111,13 @@ def main() -> None:
             columns = zip(predicted.tolist(), [s**0.5 for s in squares], errors(mean, exact))
             cells = [cell for column in columns for cell in percent(list(column))]
             print("| " + " | ".join([name, f"{noise:g}", f"{share:.1%}", *cells]) + " |", flush=True)
-        if not options:
-            made, share = filtered(hidden, weight, target)
-            to_hidden, to_weight = percent(errors(made, exact))
+        if name != "cross-entropy":
+            continue
+        for dtype, threshold in FILTERS.items():
+            made, share = filtered(hidden, weight, target, threshold)
+            to_hidden, to_weight = (f"{error:.3%}" for error in errors(made, exact))
             print(
-                f"| {name}, the filter | | {share:.1%} of blocks | | {to_hidden} | {to_hidden} "
+                f"| {name}, the filter of {dtype} | | {share:.1%} of blocks | | {to_hidden} | {to_hidden} "
                 f"| | {to_weight} | {to_weight} |",
                 flush=True,
             )

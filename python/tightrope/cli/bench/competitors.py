@@ -1,4 +1,4 @@
-"""Who competes: how each computes the loss of a step, and why it cannot where it cannot.
+"""Who competes: ours, and its peers; where each takes part, and why it cannot where it cannot.
 
 A peer without the entropy term is compared on cross-entropy alone; then ours is too, beside it.
 """
@@ -13,21 +13,33 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 import tightrope
 from tightrope import backends
 
-from .cases import TAUGHT, Case, Loss
-from .inputs import IGNORE_INDEX, Step
-from .truth import ENTROPY_BONUS, eager_loss
+from . import peers
+from .cases import Case, Loss
+from .inputs import Step
+from .peers import LossOf
+from .truth import eager_loss, entropy_bonus
 
-LossOf = Callable[[Step, Loss], Tensor]
-HAS_CHUNKED_TORCH = hasattr(torch.nn.functional, "linear_cross_entropy")
 AUTO_CHUNKED = "torch.compile, auto-chunked"
 SHAPES = ("large shape", "shapes")
 WITHOUT_SWEEPS = (*SHAPES, "real shape", "scenarios")
 EVERYWHERE = (*WITHOUT_SWEEPS, "against V", "against N")
+HARD_TARGETS = ("pretraining", "sft", "lora")
+PER_TOKEN = (*HARD_TARGETS, "rl")
 NO_CURVATURE = "no second derivatives"
+NO_TEACHER = "no such loss of a teacher's head"
+# What a peer has not that does not serve a scenario.
+LACKS = {
+    "distillation": "no top-k targets",
+    "teacher": NO_TEACHER,
+    "divergence": NO_TEACHER,
+    "rl": "no loss for each token",
+    "curvature": NO_CURVATURE,
+}
 SAMPLED_NOISE = 0.005
 
 
@@ -38,7 +50,7 @@ class Competitor:
     refuses: (case, loss) -> the reason why it cannot run there, or None.
     entropy: whether it has the entropy term. fixed_memory: whether its first step's memory is that of any
     step; where it compiles itself in the first, a later one is measured. groups: the groups of cases that it
-    takes part in; each case costs a process.
+    takes part in; each case costs a process. noise: the `gradient_noise` that it is allowed; 0: it is exact.
     """
 
     name: str
@@ -48,6 +60,7 @@ class Competitor:
     entropy: bool = True
     fixed_memory: bool = True
     groups: tuple[str, ...] = WITHOUT_SWEEPS
+    noise: float = 0.0
 
     def loss_compared(self, loss: Loss) -> Loss:
         """The loss that it is compared on."""
@@ -61,8 +74,8 @@ def ours(step: Step, loss: Loss, **options: object) -> Tensor:
     """options: of the function of Tightrope that the step asks for."""
     if step.advantage is not None:
         stats = tightrope.linear_vocab_stats(step.hidden, step.weight, step.target, **options)
-        bonus = ENTROPY_BONUS * (loss.balance > 0)
-        return -(step.advantage * stats.target_log_prob + bonus * stats.entropy).sum() / step.normalizer
+        rows = step.advantage * stats.target_log_prob + entropy_bonus(step, loss) * stats.entropy
+        return -rows.sum() / step.normalizer
     target = step.target if step.probs is None else tightrope.TopKTarget(step.target, step.probs)
     if step.teacher is not None:
         target = tightrope.TeacherTarget(*step.teacher)
@@ -77,16 +90,19 @@ def ours(step: Step, loss: Loss, **options: object) -> Tensor:
 
 
 def _sampled() -> Competitor:
-    """Ours with gradients that are noisy: by how much stands beside its time, as the errors of dh and dW."""
+    """Ours with gradients that are drawn; their noise stands beside the time."""
 
     def refuses(case: Case, loss: Loss) -> str | None:
-        return None if case.device == "cpu" else "gradients are sampled on a CPU alone"
+        if case.device != "cpu":
+            return "gradients are sampled on a CPU alone"
+        return "second derivatives are made in full" if case.scenario == "curvature" else None
 
     return Competitor(
         f"tightrope sampled, noise {SAMPLED_NOISE:g}",
         "tightrope",
-        lambda step, loss: ours(step, loss, gradient_noise=SAMPLED_NOISE),
+        functools.partial(ours, gradient_noise=SAMPLED_NOISE),
         refuses,
+        noise=SAMPLED_NOISE,
     )
 
 
@@ -113,40 +129,17 @@ def _ours(backend: str, devices: list[str], available: bool, strategy: str) -> C
     )
 
 
-@functools.cache
-def _compile(function: LossOf) -> LossOf:
-    return torch.compile(function, dynamic=False, fullgraph=True)
-
-
-def _compiled(step: Step, loss: Loss) -> Tensor:
-    return _compile(eager_loss)(step, loss)
-
-
-@functools.cache
-def _compile_chunked() -> LossOf:
-    return torch.compile(eager_loss, dynamic=False, fullgraph=True, options={"auto_chunker.enable": True})
-
-
-def _compiled_in_chunks(step: Step, loss: Loss) -> Tensor:
-    return _compile_chunked()(step, loss)
-
-
-def _chunker_refuses(case: Case, loss: Loss) -> str | None:
-    """On a CPU a run would take minutes more."""
-    return _eager_refuses(case, loss) if case.device == "cuda" else "runs on cuda"
-
-
-def _eager_refuses(case: Case, loss: Loss) -> str | None:
-    """The logits and what is made of them must fit; the floor needs one copy of them."""
-    need = 6 * case.rows * case.vocab * 4
+def _eager_refuses(case: Case, loss: Loss, chunks: int = 1) -> str | None:
+    """The logits, a chunk at a time, and what is made of them must fit; the floor needs one copy of them."""
+    need = 6 * case.rows * case.vocab * 4 / chunks
     free = _free_memory(case.device)
     if need > free / 2:
         return f"its logits take {need / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free"
     return None
 
 
-def _compiled_refuses(case: Case, loss: Loss) -> str | None:
-    return NO_CURVATURE if case.scenario == "curvature" else _eager_refuses(case, loss)
+def _compiled_refuses(case: Case, loss: Loss, chunks: int = 1) -> str | None:
+    return NO_CURVATURE if case.scenario == "curvature" else _eager_refuses(case, loss, chunks)
 
 
 def _free_memory(device: str) -> int:
@@ -157,70 +150,6 @@ def _free_memory(device: str) -> int:
     return psutil.virtual_memory().available
 
 
-def _chunked_torch(step: Step, loss: Loss) -> Tensor:
-    return torch.nn.functional.linear_cross_entropy(
-        step.hidden, step.weight, step.target, options=torch.nn.LinearCrossEntropyOptions()
-    )
-
-
-def _cce(step: Step, loss: Loss) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    kind = "torch_compile" if step.hidden.device.type == "cpu" else "cce"
-    per_token = step.advantage is not None
-    value = linear_cross_entropy(
-        step.hidden, step.weight, step.target, impl=kind, reduction="none" if per_token else "mean"
-    )
-    return (step.advantage * value).sum() / step.normalizer if per_token else value
-
-
-def _liger(step: Step, loss: Loss) -> Tensor:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    return LigerFusedLinearCrossEntropyLoss()(step.weight, step.hidden, step.target)
-
-
-def _liger_scaled(step: Step, loss: Loss) -> Tensor:
-    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
-
-    nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(
-        step.hidden, step.weight, step.target, 1.0, IGNORE_INDEX, 1, True
-    )
-    if step.advantage is not None:
-        rows = step.advantage * nll - ENTROPY_BONUS * (loss.balance > 0) * entropy
-    else:
-        rows = (1 - loss.balance) * nll - loss.balance * entropy
-    return rows.sum() / step.normalizer
-
-
-def _liger_divergence(step: Step, loss: Loss) -> Tensor:
-    """On a CPU its chunks of rows in plain PyTorch: the Triton kernels do not run there.
-
-    Not compiled: that took two minutes, more than a line of the bench has.
-    """
-    if step.hidden.device.type == "cuda":
-        from liger_kernel.transformers import LigerFusedLinearJSD
-
-        divergence = LigerFusedLinearJSD()
-    else:
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-        divergence = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=False)
-    return divergence(step.hidden, step.weight, *step.teacher, step.target)
-
-
-def _liger_divergence_refuses(case: Case, loss: Loss) -> str | None:
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "liger-kernel is not installed"
-    return None if case.scenario == "divergence" else "a divergence of two heads alone"
-
-
-def _quack(step: Step, loss: Loss) -> Tensor:
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    return chunked_linear_cross_entropy(step.hidden, step.weight, step.target, ignore_index=IGNORE_INDEX)
-
-
 def _peer(
     name: str,
     package: str,
@@ -228,8 +157,8 @@ def _peer(
     loss: LossOf,
     *,
     devices: tuple[str, ...] = ("cpu", "cuda"),
+    scenarios: tuple[str, ...] = HARD_TARGETS,
     entropy: bool = False,
-    per_token: bool = False,
     fixed_memory: bool = True,
     groups: tuple[str, ...] = WITHOUT_SWEEPS,
     missing: str | None = None,
@@ -241,21 +170,28 @@ def _peer(
             return missing
         if case.device not in devices:
             return f"runs on {' and '.join(devices)}"
-        if importlib.util.find_spec(module.split(".")[0]) is None:
+        if importlib.util.find_spec(module) is None:
             return f"{package} is not installed"
-        if loss.reality != "cross_entropy":
-            return "no squared error"
-        if case.scenario == "distillation":
-            return "no top-k targets"
-        if case.scenario == "curvature":
-            return NO_CURVATURE
-        if case.scenario in TAUGHT:
-            return "no such loss of a teacher's head"
-        if case.scenario == "rl" and not per_token:
-            return "no loss for each token"
-        return None
+        if case.scenario not in scenarios:
+            return "a divergence of two heads alone" if "divergence" in scenarios else LACKS[case.scenario]
+        return "no squared error" if loss.reality == "squared_error" else None
 
     return Competitor(name, package, loss, refuses, entropy, fixed_memory, groups)
+
+
+def _torch_peer(name: str, loss: LossOf, groups: tuple[str, ...]) -> Competitor:
+    has = hasattr(torch.nn.functional, "linear_cross_entropy")
+    missing = None if has else f"torch {torch.__version__} has none"
+    return _peer(name, "torch", "torch", loss, scenarios=PER_TOKEN, groups=groups, missing=missing)
+
+
+def _trl_peer(name: str, loss: LossOf, scenarios: tuple[str, ...]) -> Competitor:
+    """The head that TRL's trainers share came with 1.16."""
+    missing = None
+    if importlib.util.find_spec("trl") is not None:
+        version = importlib.metadata.version("trl")
+        missing = f"trl {version} has none, 1.16 has" if TorchVersion(version) < "1.16" else None
+    return _peer(name, "trl", "trl", loss, scenarios=scenarios, entropy=True, missing=missing)
 
 
 def all_competitors() -> list[Competitor]:
@@ -269,41 +205,50 @@ def all_competitors() -> list[Competitor]:
         *mine,
         _sampled(),
         Competitor("eager PyTorch", "torch", eager_loss, _eager_refuses, groups=EVERYWHERE),
-        Competitor("torch.compile", "torch", _compiled, _compiled_refuses, fixed_memory=False),
-        Competitor(AUTO_CHUNKED, "torch", _compiled_in_chunks, _chunker_refuses, fixed_memory=False),
-        # Several times slower than the floor: on a CPU a run would take minutes more.
-        _peer(
-            "F.linear_cross_entropy",
+        Competitor("torch.compile", "torch", peers.compiled, _compiled_refuses, fixed_memory=False),
+        Competitor(
+            AUTO_CHUNKED,
             "torch",
-            "torch",
-            _chunked_torch,
-            groups=SHAPES,
-            missing=None if HAS_CHUNKED_TORCH else f"torch {torch.__version__} has none",
+            peers.auto_chunked,
+            functools.partial(_compiled_refuses, chunks=peers.AUTO_CHUNKS),
+            fixed_memory=False,
+            groups=(*SHAPES, "real shape"),  # it compiles for ten to twenty seconds
         ),
+        # By default several times slower than the floor: on a CPU a run would take minutes more.
+        _torch_peer("F.linear_cross_entropy", peers.chunked_torch, SHAPES),
+        _torch_peer(
+            f"F.linear_cross_entropy, {peers.TORCH_CHUNK_ROWS} rows a chunk",
+            functools.partial(peers.chunked_torch, batch_chunk_size=peers.TORCH_CHUNK_ROWS),
+            WITHOUT_SWEEPS,
+        ),
+        _trl_peer("TRL", peers.trl, PER_TOKEN),
+        _trl_peer("TRL JSD", peers.trl_divergence, ("divergence",)),
         _peer(
             "cut-cross-entropy",
             "cut-cross-entropy",
             "cut_cross_entropy",
-            _cce,
-            per_token=True,
+            peers.cce,
+            scenarios=PER_TOKEN,
             fixed_memory=False,
         ),
         _peer(
             "Liger scaled",
             "liger-kernel",
             "liger_kernel",
-            _liger_scaled,
+            peers.liger_scaled,
+            scenarios=PER_TOKEN,
             entropy=True,
-            per_token=True,
             groups=(*SHAPES, "scenarios"),
         ),
-        _peer("Liger", "liger-kernel", "liger_kernel", _liger, devices=("cuda",)),
-        Competitor(
+        _peer("Liger", "liger-kernel", "liger_kernel", peers.liger, devices=("cuda",)),
+        _peer(
             "Liger JSD",
             "liger-kernel",
-            _liger_divergence,
-            _liger_divergence_refuses,
+            "liger_kernel",
+            peers.liger_divergence,
+            scenarios=("divergence",),
+            entropy=True,
             groups=(*SHAPES, "scenarios"),
         ),
-        _peer("QuACK", "quack-kernels", "quack", _quack, devices=("cuda",)),
+        _peer("QuACK", "quack-kernels", "quack", peers.quack, devices=("cuda",)),
     ]

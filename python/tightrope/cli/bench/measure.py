@@ -19,9 +19,10 @@ from typing import TypeVar
 import torch
 
 from .cases import Case, Loss
-from .competitors import Competitor, LossOf, all_competitors, ours
+from .competitors import Competitor, all_competitors, ours
 from .figures import rounds_for, summary
 from .inputs import Step, make_step
+from .peers import LossOf
 from .truth import errors
 
 Work = Callable[[], object]
@@ -162,6 +163,32 @@ def in_turns(
     return seconds
 
 
+def noise_found(competitor: Competitor, step: Step, loss: Loss) -> dict[str, float]:
+    """Of gradients that are drawn: their errors over their norms, as measured and as the call expects them.
+
+    Of all entries, against ours in full: the rows that `truth.errors` compares are mostly of targets, which
+    sampling makes exactly. What is expected, and the share of the columns that was multiplied, are missing
+    where the backward comes after the call.
+    """
+    step.forget_gradients()
+    step_of(competitor.loss, step, loss)
+    drawn = step.hidden.grad, step.weight.grad
+    step.forget_gradients()
+    step_of(ours, step, loss)
+    exact = step.hidden.grad, step.weight.grad
+    found = {
+        f"{name}_noise": ((a.double() - b.double()).norm() / b.double().norm()).item()
+        for name, a, b in zip(("hidden", "weight"), drawn, exact)
+        if b is not None
+    }
+    if step.advantage is None:
+        _, stats = ours(step, loss, gradient_noise=competitor.noise, return_stats=True)
+        expected = dict(zip(("hidden", "weight"), stats.sampled_noise.tolist()))
+        found |= {f"{name}_noise_expected": expected[name] for name in expected if f"{name}_noise" in found}
+        found["sampled_share"] = stats.sampled_share.item()
+    return found
+
+
 def measure(name: str, case: Case, loss: Loss, truths: Path, budget: float) -> dict:
     """The figures of one competitor at one case, on a loss whose truth is in the file."""
     competitor = next(c for c in all_competitors() if c.name == name)
@@ -169,6 +196,7 @@ def measure(name: str, case: Case, loss: Loss, truths: Path, budget: float) -> d
     step = make_step(case)
     memory, value = first_step(step, competitor, loss, case)
     error = errors(value, step, torch.load(truths)[loss.name])
+    noise = noise_found(competitor, step, loss) if competitor.noise else {}
     floor = floor_step(step)
     # The competitor has run in full. A GPU's libraries choose and compile for a shape, so there all do.
     warm = small_step(case) if case.device == "cpu" else step
@@ -183,4 +211,4 @@ def measure(name: str, case: Case, loss: Loss, truths: Path, budget: float) -> d
         step,
         budget,
     )
-    return {"memory_mb": memory / 1e6, **error, **summary(turns)}
+    return {"memory_mb": memory / 1e6, **error, **noise, **summary(turns)}

@@ -32,6 +32,11 @@ COLUMNS = [
     "loss_error",
     "hidden_grad_error",
     "weight_grad_error",
+    "hidden_noise",
+    "weight_noise",
+    "hidden_noise_expected",
+    "weight_noise_expected",
+    "sampled_share",
     "rounds",
     "skipped",
     "date",
@@ -88,22 +93,33 @@ def _lines(rows: Sequence[dict]) -> list[list[str]]:
     lines = [HEADER, ["three bare GEMMs", _figure(floor), "", "1.00", "", "", "", "", ""]]
     losses = list(dict.fromkeys(row["loss"] for row in rows))
     for row in sorted(rows, key=lambda row: (losses.index(row["loss"]), row["x_ours"])):
-        only = "" if row["loss"] == losses[0] else f" ({row['loss']} alone)"
+        name = row["competitor"]
+        if "sampled_share" in row:
+            name += f", {row['sampled_share']:.1%} of the columns"
+        if row["loss"] != losses[0]:
+            name += f" ({row['loss']} alone)"
         lines.append(
             [
-                row["competitor"] + only,
+                name,
                 _figure(row["ms"]),
                 f"{row['spread']:.0%}",
                 f"{row['x_gemms']:.2f}",
                 f"{row['x_ours']:.2f}",
                 f"{row['memory_mb']:.0f}",
-                *(
-                    "" if row[key] is None else f"{row[key]:.0e}"
-                    for key in ("loss_error", "hidden_grad_error", "weight_grad_error")
-                ),
+                "" if row["loss_error"] is None else f"{row['loss_error']:.0e}",
+                *(_gradient_error(row, name) for name in ("hidden", "weight")),
             ]
         )
     return lines
+
+
+def _gradient_error(row: dict, name: str) -> str:
+    """Of gradients that are drawn their noise, which is no matter of rounding, and what was expected."""
+    if f"{name}_noise" not in row:
+        error = row[f"{name}_grad_error"]
+        return "" if error is None else f"{error:.0e}"
+    expected = row.get(f"{name}_noise_expected")
+    return f"{row[f'{name}_noise']:.2%}" + ("" if expected is None else f" ({expected:.2%})")
 
 
 def _figure(ms: float) -> str:

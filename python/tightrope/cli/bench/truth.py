@@ -17,6 +17,11 @@ LOGITS_AT_A_TIME = 2**25
 KEPT_ROWS, KEPT_HEAD_ROWS = 256, 1024
 
 
+def entropy_bonus(step: Step, loss: Loss) -> float:
+    """What the entropy of a token is multiplied by."""
+    return loss.balance if step.advantage is None else ENTROPY_BONUS * (loss.balance > 0)
+
+
 def row_losses(log_p: Tensor, step: Step, loss: Loss) -> Tensor:
     """The loss of each row [N] from all its log-probabilities [N, V]; 0 where it is ignored."""
     counts = taught = None
@@ -34,7 +39,7 @@ def row_losses(log_p: Tensor, step: Step, loss: Loss) -> Tensor:
             log_p, step.target, ignore_index=IGNORE_INDEX, reduction="none"
         )
         counts = step.target != IGNORE_INDEX
-    bonus = loss.balance if step.advantage is None else ENTROPY_BONUS * (loss.balance > 0)
+    bonus = entropy_bonus(step, loss)
     negative_entropy = (log_p.exp() * log_p).sum(-1) if bonus else 0.0
     if step.advantage is not None:
         return step.advantage.to(log_p.dtype) * cross_entropy + bonus * negative_entropy
