@@ -55,7 +55,7 @@ class Objective:
             gradient_noise=WAYS[self.name],
             return_stats=True,
         )
-        self.shares += float(stats.sampled_share)
+        self.shares += 1.0 if stats.sampled_share is None else float(stats.sampled_share)
         return loss
 
 
