@@ -91,7 +91,7 @@ def train(args: argparse.Namespace) -> None:
         for steps in args.steps or [30]
         for balance in BALANCES
         for seed in args.seed or [0]
-        for way in WAYS
+        for way in args.way or WAYS
     ]
     todo = [key for key in wanted if key not in done]
     if not todo:
@@ -174,6 +174,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, action="append", help="optimizer steps; repeat (30)")
     parser.add_argument("--seed", type=int, action="append", help="order of the windows; repeat (0)")
+    parser.add_argument("--way", choices=WAYS, action="append", help="of making gradients; repeat (all)")
     parser.add_argument(
         "--held-out", type=int, default=32, help="held-out windows of 128 tokens (%(default)s)"
     )
