@@ -89,7 +89,7 @@ def train(args: argparse.Namespace) -> None:
     wanted = [
         (str(steps), f"{balance:g}", str(seed), way)
         for steps in args.steps or [30]
-        for balance in BALANCES
+        for balance in args.balance or BALANCES
         for seed in args.seed or [0]
         for way in args.way or WAYS
     ]
@@ -174,6 +174,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, action="append", help="optimizer steps; repeat (30)")
     parser.add_argument("--seed", type=int, action="append", help="order of the windows; repeat (0)")
+    parser.add_argument("--balance", type=float, action="append", help="of collision; repeat (0, 0.1, 0.25)")
     parser.add_argument("--way", choices=WAYS, action="append", help="of making gradients; repeat (all)")
     parser.add_argument(
         "--held-out", type=int, default=32, help="held-out windows of 128 tokens (%(default)s)"
