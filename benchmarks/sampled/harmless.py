@@ -55,7 +55,7 @@ class Objective:
             gradient_noise=WAYS[self.name],
             return_stats=True,
         )
-        self.shares += float(stats.sampled_share)
+        self.shares += 1.0 if stats.sampled_share is None else float(stats.sampled_share)
         return loss
 
 
@@ -89,9 +89,9 @@ def train(args: argparse.Namespace) -> None:
     wanted = [
         (str(steps), f"{balance:g}", str(seed), way)
         for steps in args.steps or [30]
-        for balance in BALANCES
+        for balance in args.balance or BALANCES
         for seed in args.seed or [0]
-        for way in WAYS
+        for way in args.way or WAYS
     ]
     todo = [key for key in wanted if key not in done]
     if not todo:
@@ -174,6 +174,8 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, action="append", help="optimizer steps; repeat (30)")
     parser.add_argument("--seed", type=int, action="append", help="order of the windows; repeat (0)")
+    parser.add_argument("--balance", type=float, action="append", help="of collision; repeat (0, 0.1, 0.25)")
+    parser.add_argument("--way", choices=WAYS, action="append", help="of making gradients; repeat (all)")
     parser.add_argument(
         "--held-out", type=int, default=32, help="held-out windows of 128 tokens (%(default)s)"
     )
