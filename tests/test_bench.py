@@ -351,8 +351,8 @@ def test_a_peer_of_two_heads_is_in_their_divergence_alone(monkeypatch):
 
 def test_an_old_trl_says_which_one_has_the_head(monkeypatch):
     monkeypatch.setattr(competitors.importlib.util, "find_spec", lambda module: 1)
-    monkeypatch.setattr(competitors.importlib.metadata, "version", lambda package: "0.9.6")
-    assert competitor("TRL").refuses(TINY, LOSSES[0]) == "trl 0.9.6 has none, 1.16 has"
+    monkeypatch.setattr(competitors.importlib.metadata, "version", lambda package: "1.15.0")
+    assert competitor("TRL").refuses(TINY, LOSSES[0]) == "trl 1.15.0 has none for every device, 1.16 has"
 
 
 def test_a_picture_is_drawn_where_it_shows_something(tmp_path):

@@ -186,11 +186,12 @@ def _torch_peer(name: str, loss: LossOf, groups: tuple[str, ...]) -> Competitor:
 
 
 def _trl_peer(name: str, loss: LossOf, scenarios: tuple[str, ...]) -> Competitor:
-    """The head that TRL's trainers share came with 1.16."""
+    """Its kernels by chunks came with 1.15, what they do without Triton with 1.16."""
     missing = None
     if importlib.util.find_spec("trl") is not None:
         version = importlib.metadata.version("trl")
-        missing = f"trl {version} has none, 1.16 has" if TorchVersion(version) < "1.16" else None
+        if TorchVersion(version) < "1.16":
+            missing = f"trl {version} has none for every device, 1.16 has"
     return _peer(name, "trl", "trl", loss, scenarios=scenarios, entropy=True, missing=missing)
 
 
