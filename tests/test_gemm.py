@@ -72,7 +72,7 @@ def noise(*shape, seed):
 
 # Around a panel, a block of rows, and the depths at which sums are put down.
 @pytest.mark.parametrize("products", PRODUCTS)
-@pytest.mark.parametrize("m", [1, 7, 16, 67])
+@pytest.mark.parametrize("m", [1, 7, 16, 67, 131])
 @pytest.mark.parametrize("k", [1, 255, 257, 513, 1281])
 @pytest.mark.parametrize("n", [1, 16, 33, 48, 49, 145])
 @pytest.mark.parametrize("add", [False, True])
@@ -105,18 +105,19 @@ def test_what_is_not_finite(products):
 
 
 @HAS_OWN
-def test_own_products_do_not_depend_on_threads_or_other_rows():
-    """Sums that are cut where a thread's part ends."""
-    a, b = torch.randn(90, 600), torch.randn(600, 100)
+@pytest.mark.parametrize("n", [96, 100])
+def test_own_products_do_not_depend_on_threads_or_other_rows(n):
+    """Sums that are cut where a thread's part ends, or in another way where there are many rows."""
+    a, b = torch.randn(150, 600), torch.randn(600, n)
     threads = torch.get_num_threads()
     made = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             for factor in (b, gemm.packed(b)):
-                out = torch.empty(90, 100)
+                out = torch.empty(150, n)
                 torch.ops.tightrope.product(a, factor, out, False)
-                part = torch.empty(11, 100)
+                part = torch.empty(11, n)
                 torch.ops.tightrope.product(a[30:41], factor, part, False)
                 assert torch.equal(part, out[30:41])
                 made.append(out)

@@ -22,9 +22,11 @@ using Lanes = at::vec::Vectorized<float>;
 constexpr int64_t kPanel = 3 * Lanes::size();
 // Rows of a block of sums that stays in registers: of 32 where there are 32.
 constexpr int64_t kTall = Lanes::size() == 16 ? 8 : 4;
-// Inner entries that are summed before the sums are put down: a panel of so many stays in the
-// first-level cache where it meets many rows, and in the second where it meets few.
-constexpr int64_t kInner = 256, kInnerOfPanels = 640;
+// Inner entries that are summed before the sums are put down: of few, all columns stay in the
+// second-level cache beside the rows that they meet; of more, a panel does.
+constexpr int64_t kInner = 192, kInnerOfPanels = 640;
+// So many rows keep several threads busy.
+constexpr int64_t kMany = 128;
 // Elements of panels that a thread goes over for each block of rows: in the second-level cache.
 constexpr int64_t kCached = 224 * 1024;
 
@@ -42,12 +44,18 @@ struct Strided {
   Strided from(int64_t i, int64_t k) const { return {data + i * row + k * step, row, step}; }
 };
 
+// Columns of a matrix, kPanel at a time.
+struct Panels {
+  const float* data;
+  int64_t apart, next;  // from one to the next of them, and of its inner entries
+};
+
 // out [kRows, cols] = or += a [kRows, inner] times a panel [inner, kPanel], cols at most kVectors
 // vectors.
 template <int kRows, int kVectors>
 void multiply_block(
-    Strided<float> a, const float* panel, int64_t inner, float* out, int64_t stride, int64_t cols,
-    bool add) {
+    Strided<float> a, const float* panel, int64_t next, int64_t inner, float* out, int64_t stride,
+    int64_t cols, bool add) {
   Lanes sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
@@ -58,7 +66,7 @@ void multiply_block(
     }
   }
   const float* entry = a.data;
-  for (int64_t k = 0; k < inner; ++k, entry += a.step, panel += kPanel) {
+  for (int64_t k = 0; k < inner; ++k, entry += a.step, panel += next) {
     Lanes b[kVectors];
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v) b[v] = Lanes::loadu(panel + v * Lanes::size());
@@ -88,13 +96,13 @@ void multiply_block(
 // The same of any number of rows.
 template <int kVectors>
 void multiply_panel(
-    Strided<float> a, const float* panel, int64_t inner, float* out, int64_t stride, int64_t rows,
-    int64_t cols, bool add) {
+    Strided<float> a, const float* panel, int64_t next, int64_t inner, float* out, int64_t stride,
+    int64_t rows, int64_t cols, bool add) {
   int64_t i = 0;
   const auto go = [&](auto count) {
     for (; i + count <= rows; i += count) {
       multiply_block<count, kVectors>(
-          a.from(i, 0), panel, inner, out + i * stride, stride, cols, add);
+          a.from(i, 0), panel, next, inner, out + i * stride, stride, cols, add);
     }
   };
   go(std::integral_constant<int, kTall>());
@@ -129,18 +137,18 @@ class Ahead {
   int64_t lines_ = 0, apart_ = 0, left_ = 0, each_ = 0, line_ = 0;
 };
 
-// out [rows, cols] = or += a [rows, inner] times panels, `apart` elements from each other.
+// out [rows, cols] = or += a [rows, inner] times panels.
 template <class... Aheads>
 void multiply_panels(
-    Strided<float> a, const float* panels, int64_t apart, int64_t inner, float* out, int64_t stride,
-    int64_t rows, int64_t cols, bool add, Aheads&... ahead) {
-  for (int64_t first = 0; first < cols; first += kPanel, panels += apart) {
+    Strided<float> a, Panels panels, int64_t inner, float* out, int64_t stride, int64_t rows,
+    int64_t cols, bool add, Aheads&... ahead) {
+  for (int64_t first = 0; first < cols; first += kPanel, panels.data += panels.apart) {
     (ahead.next(), ...);
     const int64_t count = std::min(kPanel, cols - first);
     const auto run = count > 2 * Lanes::size() ? multiply_panel<3>
                      : count > Lanes::size()   ? multiply_panel<2>
                                                : multiply_panel<1>;
-    run(a, panels, inner, out + first, stride, rows, count, add);
+    run(a, panels.data, panels.next, inner, out + first, stride, rows, count, add);
   }
 }
 
@@ -199,8 +207,8 @@ inline void product_of_panels(
           ahead = {a.from(i + here, k).data, next, count, a.row, panel_count(cols)};
         }
         multiply_panels(
-            a.from(i, k), panels + k * kPanel, inner * kPanel, count, out + i * stride, stride,
-            here, cols, add || k > 0, ahead);
+            a.from(i, k), {panels + k * kPanel, inner * kPanel, kPanel}, count, out + i * stride,
+            stride, here, cols, add || k > 0, ahead);
       }
     }
   });
@@ -219,36 +227,74 @@ inline Strided<float> gathered_rows(Strided<float> a, int64_t rows, int64_t inne
   return {memory, 1, kTall};
 }
 
-// out [rows, cols] = or += a [rows, inner] times b [inner, cols], which each thread packs as it
-// goes.
+// Rows [begin, end) of out [.., cols] = or += a [.., inner] times panels; next: what comes after
+// them. memory: of kTall * inner elements.
+inline void multiply_rows(
+    Strided<float> a, Panels panels, int64_t inner, float* out, int64_t stride, int64_t begin,
+    int64_t end, int64_t cols, bool add, Ahead next, float* memory) {
+  for (int64_t i = begin; i < end; i += kTall) {
+    const int64_t here = std::min(kTall, end - i);
+    Ahead of_a;
+    if (a.row == 1 && i + here < end) {
+      const int64_t more = std::min(kTall, end - i - here);
+      of_a = {a.from(i + here, 0).data, inner, more, a.step, panel_count(cols)};
+    }
+    multiply_panels(
+        gathered_rows(a.from(i, 0), here, inner, memory), panels, inner, out + i * stride, stride,
+        here, cols, add, next, of_a);
+  }
+}
+
+// Steps in which so many rows go over panels.
+inline int64_t steps_of(int64_t rows, int64_t cols) {
+  return panel_count(cols) * ((rows + kTall - 1) / kTall);
+}
+
+// What of b [inner, cols] follows the entries [k, k + kInner).
+template <class S>
+Ahead following(Strided<S> b, int64_t k, int64_t inner, int64_t cols, int64_t steps) {
+  const int64_t next = k + kInner;
+  if (b.step != 1 || next >= inner) return {};
+  return {b.from(next, 0).data, std::min(kInner, inner - next), cols, b.row, steps};
+}
+
+// out [rows, cols] = or += a [rows, inner] times b [inner, cols], in whole vectors that lie as a
+// panel's: each thread has some of the rows.
+inline void product_of_whole(
+    Strided<float> a, Strided<float> b, int64_t inner, float* out, int64_t stride, int64_t rows,
+    int64_t cols, bool add) {
+  for_parts(rows, kTall, units_of(kTall * cols * inner), [&](int64_t begin, int64_t end) {
+    std::vector<float> memory(kTall * kInner);
+    const int64_t steps = steps_of(end - begin, cols);
+    for (int64_t k = 0; k < inner; k += kInner) {
+      const Panels panels{b.from(k, 0).data, kPanel, b.row};
+      multiply_rows(
+          a.from(0, k), panels, std::min(kInner, inner - k), out, stride, begin, end, cols,
+          add || k > 0, following(b, k, inner, cols, steps), memory.data());
+    }
+  });
+}
+
+// The same of any b. Each thread has some of the columns, which it packs as it goes.
 template <class S>
 void product(
     Strided<float> a, Strided<S> b, int64_t inner, float* out, int64_t stride, int64_t rows,
     int64_t cols, bool add) {
+  if constexpr (std::is_same_v<S, float>) {
+    if (rows >= kMany && b.step == 1 && cols % Lanes::size() == 0) {
+      return product_of_whole(a, b, inner, out, stride, rows, cols, add);
+    }
+  }
   for_parts(cols, kPanel, units_of(kPanel * rows * inner), [&](int64_t begin, int64_t end) {
-    const int64_t width = end - begin, most = std::min(kInner, inner);
-    std::vector<float> packed((panel_count(width) * kPanel + kTall) * most);
-    float* const of_rows = packed.data() + panel_count(width) * kPanel * most;
-    for (int64_t k = 0; k < inner; k += most) {
-      const int64_t count = std::min(most, inner - k);
-      pack_panels(b.from(k, begin), count, width, packed.data());
-      Ahead ahead;
-      if (b.step == 1 && k + most < inner) {
-        ahead = {
-            b.from(k + most, begin).data, std::min(most, inner - k - most), width, b.row,
-            panel_count(width) * ((rows + kTall - 1) / kTall)};
-      }
-      for (int64_t i = 0; i < rows; i += kTall) {
-        const int64_t here = std::min(kTall, rows - i);
-        Ahead of_a;
-        if (a.row == 1 && i + here < rows) {
-          const int64_t next = std::min(here, rows - i - here);
-          of_a = {a.from(i + here, k).data, count, next, a.step, panel_count(width)};
-        }
-        multiply_panels(
-            gathered_rows(a.from(i, k), here, count, of_rows), packed.data(), count * kPanel, count,
-            out + i * stride + begin, stride, here, width, add || k > 0, ahead, of_a);
-      }
+    const int64_t width = end - begin, steps = steps_of(rows, width);
+    std::vector<float> memory((panel_count(width) * kPanel + kTall) * kInner);
+    float* const packed = memory.data() + kTall * kInner;
+    for (int64_t k = 0; k < inner; k += kInner) {
+      const int64_t count = std::min(kInner, inner - k);
+      pack_panels(b.from(k, begin), count, width, packed);
+      multiply_rows(
+          a.from(0, k), {packed, count * kPanel, kPanel}, count, out + begin, stride, 0, rows,
+          width, add || k > 0, following(b.from(0, begin), k, inner, width, steps), memory.data());
     }
   });
 }
