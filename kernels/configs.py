@@ -65,9 +65,9 @@ class Architecture:
         """The configuration of the products with drawn columns. aligned: other rows come in whole vectors."""
         if itemsize == 8:
             return DRAWN_DOUBLE
-        if not aligned:
-            return self.unaligned(itemsize)
-        return self.drawn_half if itemsize == 2 else self.drawn_single
+        if itemsize == 4:
+            return self.drawn_single if aligned else self.single_unaligned
+        return self.drawn_half if aligned else DRAWN_UNALIGNED
 
     def unaligned(self, itemsize: int) -> StreamConfig:
         """The configuration for operands whose rows are not loaded in whole vectors."""
@@ -76,6 +76,8 @@ class Architecture:
 
 # float64 is for checks, not for work.
 DRAWN_DOUBLE = StreamConfig(32, 32, 16, 4, 2)
+# Of bfloat16; with steps of 32, as the others take them, sm_100 spills a few bytes.
+DRAWN_UNALIGNED = StreamConfig(64, 64, 64, 8, 3)
 # float32 products on NVIDIA: three tensor-core products of the operands' two tf32 parts, added up outside of
 # the tensor cores in float32 (docs/gpu.md). What splits the operands takes registers.
 _SINGLE = StreamConfig(128, 64, 32, 8, 3, pieces=2, descriptors=True, precision="tf32x3")
@@ -135,6 +137,7 @@ ARCHITECTURES = {
         StreamConfig(64, 64, 16, 8, 3, pieces=2),
         special={("stream_stats", "dense", 2): StreamConfig(64, 128, 64, 8, 2, pieces=2)},
         single_unaligned=StreamConfig(64, 32, 16, 8, 3, pieces=1),
+        drawn_single=StreamConfig(64, 64, 16, 8, 3),
     ),
     "interpreter": Architecture(2**30, 4, *(_TINY,) * 2, {}, *(_TINY,) * 4),
 }
