@@ -298,7 +298,7 @@ def compile_case(case: Case) -> dict:
         "shared_limit": configs.ARCHITECTURES[case.arch].shared_memory,
         "warps": options["num_warps"],
     }
-    if case.streams:
+    if case.config:
         c = case.config
         row["tile"] = f"{c.block_m}x{c.block_n}x{c.block_k}"
         row["descriptors"] = c.descriptors
@@ -343,7 +343,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 def _tensor_core(case: Case, assembly: str, code: str) -> dict:
     """Which matrix instruction there is, and what the loop around it issues for each warp."""
-    if not case.multiplies:
+    if not case.multiplies or case.dtype == "fp64":  # which is for checks
         return {}
     name, machine = TENSOR_CORE[case.arch]
     found = assembly.count(name)
