@@ -30,6 +30,7 @@ from sampled_cases import (
     run,
     statistics_of,
 )
+from test_launches import Launches
 from tightrope import backends
 from tightrope.strategies import plan, sampled, sampling
 from tightrope.strategies.problem import LinearProblem
@@ -311,33 +312,28 @@ def test_thresholds_agree():
         assert sampling.threshold_in_steps(torch.tensor([1.0, bad], dtype=F64)).isnan()
 
 
-def test_memory_of_a_step():
-    """A gradient of a chunk copied whole, or columns gathered at once."""
-    largest = []
+def test_what_a_chunk_takes(monkeypatch):
+    """A gradient of a chunk copied whole, columns gathered at once, or more kernels than docs say."""
+    found, multiply = [], sampled.Sampler.multiply
+    # The plain primitives take more than kernels do: what is looked at is what stands around them.
+    quiet = replace(
+        backends.BACKENDS[BACKEND],
+        drawn_columns=lambda *args: args[-1].zero_(),
+        drawn_by_head=lambda *_: None,
+        drawn_by_hidden=lambda *_: None,
+        row_grad_sums=lambda *args: args[6].zero_(),
+    )
+    monkeypatch.setitem(backends.BACKENDS, BACKEND, quiet)
 
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and func._schema.name != "aten::view":
-                largest.append(out.numel())
-            return out
+    def counted(*args):
+        with Launches() as seen:
+            out = multiply(*args)
+        found.append(seen)
+        return out
 
-    made, multiply = given(rows=40), sampled.Sampler.multiply
-
-    def counted(self, chunk, hidden, memory, form, grads):
-        # The plain primitives gather more than kernels do: what is looked at is what the sampler allocates.
-        quiet = replace(
-            self.problem.backend,
-            drawn_columns=lambda *args: args[-1].zero_(),
-            drawn_by_head=lambda *_: None,
-            drawn_by_hidden=lambda *_: None,
-            row_grad_sums=lambda *args: args[6].zero_(),
-        )
-        self.problem = replace(self.problem, backend=quiet)
-        with Sizes():
-            return multiply(self, chunk, hidden, memory, form, grads)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampled.Sampler, "multiply", counted)
-        run(made, gradient_noise=NOISE)
-    assert max(largest) <= 128 * 640  # a quarter of the columns, of rows that are padded
+    monkeypatch.setattr(sampled.Sampler, "multiply", counted)
+    run(given(rows=40), gradient_noise=NOISE)
+    (seen,) = found
+    # A quarter of the columns, of rows that are padded.
+    assert max(math.prod(shape) for shape in seen.shapes) <= 512 * 128
+    assert sum(name != "scalar_tensor" for name in seen.names) <= 325
