@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tightrope.kernels import configs, rows, stream, tangent_rows
+from tightrope.kernels import configs, drawn, rows, stream, tangent_rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -45,9 +45,16 @@ KERNELS = {
     "row_grad_tangent": tangent_rows.row_grad_tangent,
     "stream_stats": stream.stream_stats,
     "stream_grad": stream.stream_grad,
+    "row_grad_sums": drawn.row_grad_sums,
+    "drawn_columns": drawn.drawn_columns,
+    "drawn_by_head": drawn.drawn_by_head,
+    "drawn_by_hidden": drawn.drawn_by_hidden,
 }
 MERGES = ("merge_parts", "merge_sides", "merge_sums")
 SECOND = ("row_tangent", "row_grad_tangent")
+# Of sampled gradients: products, and all that know neither target nor transform.
+PRODUCTS = ("drawn_by_head", "drawn_by_hidden")
+DRAWN = ("drawn_columns", *PRODUCTS)
 # Columns of a block, without a set and with one; of kernels that have a BLOCK.
 BLOCKS = {
     "row_stats": (configs.ROW_BLOCK,) * 2,
@@ -55,7 +62,10 @@ BLOCKS = {
     "row_grad": (configs.GRAD_BLOCK, configs.SET_GRAD_BLOCK),
     "row_tangent": (configs.TANGENT_BLOCK,) * 2,
     "row_grad_tangent": (configs.GRAD_BLOCK, configs.SET_GRAD_BLOCK),
+    "row_grad_sums": (configs.SUMS_BLOCK,) * 2,
+    "drawn_columns": (configs.DRAWN_BLOCK,) * 2,
 }
+ROWS = {"row_grad_sums": configs.SUMS_ROWS, "drawn_columns": configs.DRAWN_ROWS}
 # Blocks of a segment that one program takes.
 SEGMENT_BLOCKS = {
     "row_stats": configs.ROW_BLOCKS,
@@ -96,8 +106,14 @@ class Case:
         return self.kernel.startswith("stream")
 
     @property
+    def multiplies(self) -> bool:
+        return self.streams or self.kernel in PRODUCTS
+
+    @property
     def config(self) -> configs.StreamConfig | None:
         table = configs.ARCHITECTURES[self.arch]
+        if self.kernel in PRODUCTS:
+            return table.drawn(ROW_DTYPES[self.dtype], self.aligned == "all")
         if not self.streams:
             return None
         if self.aligned == "none":
@@ -110,8 +126,8 @@ def cases(archs, dtypes, kinds=("index", "dense", "topk")) -> list[Case]:
     found = []
     for arch, kernel in product(archs, KERNELS):
         known = ("threshold", "listed") if kernel == "row_sides" else ("none",)
-        known += ("threshold", "listed") if kernel in ("row_grad", *SECOND) else ()
-        has_target = kernel not in (*MERGES, "row_sides")
+        known += ("threshold", "listed") if kernel in ("row_grad", "row_grad_sums", *SECOND) else ()
+        has_target = kernel not in (*MERGES, *DRAWN, "row_sides")
         for dtype in dtypes if kernel not in MERGES else ("fp32",):
             for kind, sets in product(kinds if has_target else ("none",), known):
                 found.append(Case(kernel, arch, dtype, kind, sets=sets))
@@ -124,6 +140,7 @@ def all_cases(archs) -> list[Case]:
     switch = (True, False)
     for arch in archs:
         found += [Case(kernel, arch, dtype, "none") for kernel in MERGES for dtype in ("fp32", "fp64")]
+        found += drawn_cases(arch)
         for kind, capped, bias, aligned in product(KINDS, switch, switch, ("all", "operands", "none")):
             variant = {"kind": kind, "capped": capped, "bias": bias, "aligned": aligned}
             for dtype, kernel in product(DTYPES, ("stream_stats", "stream_grad")):
@@ -133,6 +150,8 @@ def all_cases(archs) -> list[Case]:
                 narrower = ("bf16", "fp16") if dtype == "fp32" else ()
                 for out, sets in product((None, *narrower), SETS):
                     found.append(Case("row_grad", arch, dtype, out=out, sets=sets, **variant))
+                if dtype in ("fp32", "fp64"):
+                    found += [Case("row_grad_sums", arch, dtype, sets=sets, **variant) for sets in SETS]
                 for sets in SETS:
                     found.append(Case("row_tangent", arch, dtype, sets=sets, **variant))
                     found += [
@@ -170,26 +189,36 @@ def covering_cases(archs) -> list[Case]:
     found = []
     for arch in archs:
         found += [Case(kernel, arch, dtype, "none") for kernel in MERGES for dtype in ("fp32", "fp64")]
+        found += drawn_cases(arch)
         for kind, capped, bias, active, aligned, dtype in plan:
             variant = {"kind": kind, "capped": capped, "bias": bias, "active": active, "aligned": aligned}
             found += [Case(kernel, arch, dtype, **variant) for kernel in ("stream_stats", "stream_grad")]
             found.append(Case("row_stats", arch, dtype if active else "fp64", **variant))
             found.append(Case("row_grad", arch, dtype, out="bf16" if dtype == "fp32" else None, **variant))
             found.append(Case("row_tangent", arch, dtype if active else "fp64", **variant))
+            wide = "fp64" if dtype == "bf16" else "fp32"
+            found.append(Case("row_grad_sums", arch, wide, **variant))
             out = None if capped else "none"
             found.append(Case("row_grad_tangent", arch, dtype if active else "fp64", out=out, **variant))
         for kind, capped, bias, active, aligned, dtype, sets in sets_plan:
             variant = {"capped": capped, "bias": bias, "active": active, "aligned": aligned, "sets": sets}
             found.append(Case("row_sides", arch, dtype, "none", **variant))
             found += [Case(kernel, arch, dtype, kind, **variant) for kernel in ("row_grad", *SECOND)]
+            found.append(Case("row_grad_sums", arch, "fp64" if dtype == "fp64" else "fp32", kind, **variant))
     return found
+
+
+def drawn_cases(arch: str) -> list[Case]:
+    """Every variant of the kernels of drawn columns."""
+    kinds = product(DRAWN, ("bf16", "fp32", "fp64"), ("all", "none"))
+    return [Case(kernel, arch, dtype, "none", aligned=aligned) for kernel, dtype, aligned in kinds]
 
 
 def _source(case: Case) -> tuple[ASTSource, dict]:
     """What the launcher of tightrope.backends.triton would compile, and with which options."""
     kernel, config = KERNELS[case.kernel], case.config
     wide = "fp64" if case.dtype == "fp64" else "fp32"
-    options = {"num_warps": configs.ROW_WARPS if case.kernel not in MERGES else 4}
+    options = {"num_warps": configs.ROW_WARPS if case.kernel not in (*MERGES, "drawn_columns") else 4}
     constants = {
         "TARGET": KINDS[case.kind],
         "SET": SETS[case.sets],
@@ -197,13 +226,15 @@ def _source(case: Case) -> tuple[ASTSource, dict]:
         "BLOCK": BLOCKS.get(case.kernel, (None, None))[case.sets != "none"],
         "BLOCKS": SEGMENT_BLOCKS.get(case.kernel),
         "TOPK_BLOCK": configs.TOPK_BLOCK,
-        "ROWS": 8,
+        "ROWS": ROWS.get(case.kernel, 8),
+        "RANK": 2,
         "SPLITS": configs.MERGE_TILE // 8,
     }
     operand = {}
     if config:
         options = config.options
         constants |= config.constants | {"SEGMENTS": configs.ARCHITECTURES[case.arch].segments}
+    if case.streams:
         operand = {"hidden": config.block_m, "weight": config.block_n}
     types = {
         **dict.fromkeys(("logits", "tangent", "out_tangent"), f"*{case.dtype}"),
@@ -219,13 +250,19 @@ def _source(case: Case) -> tuple[ASTSource, dict]:
         "softcap": "fp64",
         **dict.fromkeys(("parts", "partial", "sides", "sums", "norm", "coef"), f"*{wide}"),
         **dict.fromkeys(("norm_tangent", "coef_tangent"), f"*{wide}"),
+        **dict.fromkeys(("along", "basis", "factor", "grad"), f"*{wide}"),
+        **dict.fromkeys(("part", "weight", "hidden"), f"*{case.dtype}"),
+        **dict.fromkeys(("index", "count"), "*i64"),
+        "scale": "*fp64",
     }
+    if case.kernel in PRODUCTS:
+        types["out"] = f"*{wide}"
     for name, block in operand.items():
         types[name] = f"*{case.dtype}"
         if config.descriptors:
             types[name] = f"tensordesc<{case.dtype}[{block},{config.block_k}]>"
     multiples = {
-        "none": (),
+        "none": ("part_stride",),
         "operands": ("hidden", "weight", "width", "hidden_stride", "weight_stride"),
         "all": [n for n in kernel.arg_names if n.endswith("stride") or n in ("width", "columns")],
     }[case.aligned]
@@ -276,7 +313,7 @@ def _read_nvidia(case: Case, compiled) -> dict:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", cubin.name)
-        code = _run("nvdisasm", "-c", cubin.name) if case.streams else ""
+        code = _run("nvdisasm", "-c", cubin.name) if case.multiplies else ""
     # Spilled registers live on the stack, which nothing else here uses.
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
     return {
@@ -296,7 +333,7 @@ def _read_amd(case: Case, compiled) -> dict:
         "registers": field("vgpr_count") + field("agpr_count"),
         # Scalar registers spill into lanes of vector ones, not to memory.
         "spill_bytes": field("private_segment_fixed_size") + 4 * field("vgpr_spill_count"),
-        **_tensor_core(case, assembly, assembly if case.streams else ""),
+        **_tensor_core(case, assembly, assembly if case.multiplies else ""),
     }
 
 
@@ -306,7 +343,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 def _tensor_core(case: Case, assembly: str, code: str) -> dict:
     """Which matrix instruction there is, and what the loop around it issues for each warp."""
-    if not case.streams:
+    if not case.multiplies or case.dtype == "fp64":  # which is for checks
         return {}
     name, machine = TENSOR_CORE[case.arch]
     found = assembly.count(name)

@@ -53,11 +53,11 @@ class Phase:
     result: float
 
 
-def chunk_count(n: int, v: int, fused: bool = False) -> int:
+def chunk_count(n: int, v: int, fused: bool = False, workspace_mb: float | None = None) -> int:
     """Chunks that n rows go by in."""
     # Gradients of a tile that are narrower than its logits; fused, they stand where those were.
     narrow = 0 if fused else plan.GPU.tile // 2
-    return math.ceil(n / plan.chunk_rows(n, v + narrow, 4, plan.workspace_bytes(None, plan_device())))
+    return math.ceil(n / plan.chunk_rows(n, v + narrow, 4, plan.workspace_bytes(workspace_mb, plan_device())))
 
 
 def phases(strategy: str, n: int, d: int, v: int, frozen: bool = False) -> list[Phase]:

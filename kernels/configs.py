@@ -54,16 +54,30 @@ class Architecture:
     # Where rows are not loaded in whole vectors, which takes registers for single elements.
     half_unaligned: StreamConfig = StreamConfig(64, 64, 32, 8, 3, pieces=2)
     single_unaligned: StreamConfig = StreamConfig(64, 32, 16, 8, 3, pieces=1, precision="tf32x3")
+    drawn_half: StreamConfig = StreamConfig(128, 128, 64, 8, 3)
+    drawn_single: StreamConfig = StreamConfig(128, 64, 32, 8, 3, precision="tf32x3")
 
     def stream(self, kernel: str, kind: str, itemsize: int) -> StreamConfig:
         """The configuration of a streaming kernel for a kind of target."""
         return self.special.get((kernel, kind, itemsize), self.half if itemsize == 2 else self.single)
+
+    def drawn(self, itemsize: int, aligned: bool) -> StreamConfig:
+        """The configuration of the products with drawn columns. aligned: other rows come in whole vectors."""
+        if itemsize == 8:
+            return DRAWN_DOUBLE
+        if itemsize == 4:
+            return self.drawn_single if aligned else self.single_unaligned
+        return self.drawn_half if aligned else DRAWN_UNALIGNED
 
     def unaligned(self, itemsize: int) -> StreamConfig:
         """The configuration for operands whose rows are not loaded in whole vectors."""
         return self.half_unaligned if itemsize == 2 else self.single_unaligned
 
 
+# float64 is for checks, not for work.
+DRAWN_DOUBLE = StreamConfig(32, 32, 16, 4, 2)
+# Of bfloat16; with steps of 32, as the others take them, sm_100 spills a few bytes.
+DRAWN_UNALIGNED = StreamConfig(64, 64, 64, 8, 3)
 # float32 products on NVIDIA: three tensor-core products of the operands' two tf32 parts, added up outside of
 # the tensor cores in float32 (docs/gpu.md). What splits the operands takes registers.
 _SINGLE = StreamConfig(128, 64, 32, 8, 3, pieces=2, descriptors=True, precision="tf32x3")
@@ -123,8 +137,9 @@ ARCHITECTURES = {
         StreamConfig(64, 64, 16, 8, 3, pieces=2),
         special={("stream_stats", "dense", 2): StreamConfig(64, 128, 64, 8, 2, pieces=2)},
         single_unaligned=StreamConfig(64, 32, 16, 8, 3, pieces=1),
+        drawn_single=StreamConfig(64, 64, 16, 8, 3),
     ),
-    "interpreter": Architecture(2**30, 4, _TINY, _TINY, half_unaligned=_TINY, single_unaligned=_TINY),
+    "interpreter": Architecture(2**30, 4, *(_TINY,) * 2, {}, *(_TINY,) * 4),
 }
 
 # Row kernels: columns in a block, and blocks in the segment of a row that one program takes. They are bound
@@ -142,6 +157,13 @@ SET_GRAD_BLOCK = 1024
 # Of row_tangent, which keeps up to 14 sums for each column of a block: one for each lane and side.
 TANGENT_BLOCK = 1024
 TANGENT_BLOCKS = 16
+# Of row_grad_sums: columns of a block, and the rows that one program adds up. A thread holds four columns of
+# a row and of its sums; of 32 rows the parts of the sums are a tenth of the bytes of the gradient.
+SUMS_BLOCK = 1024
+SUMS_ROWS = 32
+# Of drawn_columns, columns by rows: addresses of 64 bits take most of the registers.
+DRAWN_BLOCK = 16
+DRAWN_ROWS = 64
 ROW_WARPS = 8
 # Top-k entries of a row that are looked at together; of the many rows of a streaming tile, fewer.
 TOPK_BLOCK = 64

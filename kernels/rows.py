@@ -275,6 +275,52 @@ def merge_sides(
     store_side(sides + at, row, rows, merge_side(known, new), wanted)
 
 
+@triton.jit
+def gradient_of_row(
+    logits,
+    norm,
+    coef,
+    members,
+    target,
+    target_prob,
+    bias,
+    active,
+    row,
+    rows,
+    first,
+    column,
+    inside,
+    logits_stride,
+    members_stride,
+    target_stride,
+    offset,
+    logit_scale,
+    softcap,
+    SET: tl.constexpr,
+    TARGET: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dloss/draw of one row at BLOCK columns from the first; arguments as for `row_grad`."""
+    DTYPE: tl.constexpr = norm.dtype.element_ty
+    z = load_logits(logits + row * logits_stride, bias, column, inside, logit_scale, softcap, CAPPED, DTYPE)
+    chosen = None
+    if SET != NO_SET:
+        chosen = in_set(z, members, row, column, inside, members_stride, SET)
+    c = load_own_coefficients(coef, row, rows, chosen)
+    mass = None
+    if TARGET != NO_TARGET:
+        mass = load_mass(
+            target, target_prob, row, first, column, inside, target_stride, offset, TARGET, BLOCK, DTYPE
+        )
+    maximum, log_sum = load_own(norm, 0, 2, row, rows, chosen), load_own(norm, 1, 2, row, rows, chosen)
+    grad = gradient(z, maximum, log_sum, c, logit_scale, softcap, mass, CAPPED)
+    # Zeros of what lies past the end of the row, too.
+    if active is not None:
+        inside = inside & (tl.load(active + row) != 0)
+    return tl.where(inside, grad, 0.0)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def row_grad(
     logits,  # [rows, columns], row stride logits_stride
@@ -314,17 +360,29 @@ def row_grad(
                 mask=inside,
             )
             return
-    z = load_logits(logits + row * logits_stride, bias, column, inside, logit_scale, softcap, CAPPED, DTYPE)
-    chosen = None
-    if SET != NO_SET:
-        chosen = in_set(z, members, row, column, inside, members_stride, SET)
-    rows = rows.to(tl.int64)
-    c = load_own_coefficients(coef, row, rows, chosen)
-    mass = None
-    if TARGET != NO_TARGET:
-        mass = load_mass(
-            target, target_prob, row, first, column, inside, target_stride, offset, TARGET, BLOCK, DTYPE
-        )
-    maximum, log_sum = load_own(norm, 0, 2, row, rows, chosen), load_own(norm, 1, 2, row, rows, chosen)
-    grad = gradient(z, maximum, log_sum, c, logit_scale, softcap, mass, CAPPED)
+    grad = gradient_of_row(
+        logits,
+        norm,
+        coef,
+        members,
+        target,
+        target_prob,
+        bias,
+        None,
+        row,
+        rows.to(tl.int64),
+        first,
+        column,
+        inside,
+        logits_stride,
+        members_stride,
+        target_stride,
+        offset,
+        logit_scale,
+        softcap,
+        SET,
+        TARGET,
+        CAPPED,
+        BLOCK,
+    )
     tl.store(out + row * out_stride + column, grad.to(out.dtype.element_ty), mask=inside)

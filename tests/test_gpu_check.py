@@ -524,7 +524,7 @@ def test_a_prediction_is_held_against_its_own_record(predicted):
 
 SPEED = """\
 @ {"shape": "llama3-8b", "name": "chunked, fused", "ok": true, "x_gemms": 1.19, "ms": 45.1, "gemms_ms": 37.9}
-@ {"shape": "llama3-8b", "name": "sampled, made in full", "ok": true, "x_gemms": 1.8, "ms": 68.2}
+@ {"shape": "llama3-8b", "name": "sampled, made in full", "ok": true, "x_gemms": 1.2, "ms": 45.2}
 @ {"shape": "llama3-8b", "name": "teacher's head", "ok": true, "x_gemms": 2.41, "ms": 91.3, "gemms_ms": 37.9}
 @ {"shape": "llama3-8b", "name": "Hessian-vector product", "skipped": "out of memory"}
 @ {"shape": "qwen3.5-2b", "name": "Hessian-vector product", "ok": true, "x_gemms": 3.4, "ms": 251.0}
@@ -555,7 +555,7 @@ def test_an_entry_is_measured_in_its_scenario(predicted, monkeypatch):
 
     monkeypatch.setattr(speed, "ROUND_SECONDS", 0.01)
     entries = {entry.name: entry for entry in predicted.entries.ENTRIES}
-    for name in ("sampled, made in full", "teacher's head", "Hessian-vector product"):
+    for name in ("sampled", "sampled, made in full", "teacher's head", "Hessian-vector product"):
         entry = entries[name]
         entry = replace(entry, options={k: v for k, v in entry.options.items() if k != "backend"})
         case = replace(
@@ -581,7 +581,8 @@ def test_predictions_follow_from_bytes_and_flops(predicted):
     assert 1.0 < times["chunked, fused"] < times["chunked, two kernels"] < times["streaming"]
     assert times["frozen head"] < 1.0
     assert times["70 % ignored"] < 0.5
-    assert times["sampled, made in full"] == times["chunked, fused"]
+    # What is gained where few columns are drawn; and what it costs where all of them are.
+    assert 1 / 3 < times["sampled"] < times["chunked, fused"] < times["sampled, made in full"]
     assert 5 / 3 < times["teacher's head"] < 7 / 3 < times["Hessian-vector product"] < 4
     floor = p.seconds(predicted.entries.three_gemms(case))
     assert floor == pytest.approx(6 * case.rows * case.dim * case.vocab / p.GEMM, rel=0.05)

@@ -71,6 +71,15 @@ def test_compiled_variants(arch):
         found = [row for row in rows if row["kernel"] == kernel and row["set"] != "none"]
         assert {row["set"] for row in found} == {"threshold", "listed"}
         assert {row["dtype"] for row in found} == {"bf16", "fp16", "fp32", "fp64"}
+    assert {row["target"] for row in rows if row["kernel"] == "row_grad_sums"} == {
+        "none",
+        "index",
+        "dense",
+        "topk",
+    }
+    for kernel in ("drawn_columns", "drawn_by_head", "drawn_by_hidden"):
+        found = {(row["dtype"], row["aligned"]) for row in rows if row["kernel"] == kernel}
+        assert found == {(d, a) for d in ("bf16", "fp32", "fp64") for a in ("all", "none")}
     # A Hessian-vector product of frozen parts has no use for the gradient itself.
     assert "none" in {row["out"] for row in rows if row["kernel"] == "row_grad_tangent"}
     table = configs.ARCHITECTURES[arch]
@@ -79,6 +88,10 @@ def test_compiled_variants(arch):
         table.single,
         table.half_unaligned,
         table.single_unaligned,
+        table.drawn_half,
+        table.drawn_single,
+        configs.DRAWN_UNALIGNED,
+        configs.DRAWN_DOUBLE,
         *table.special.values(),
     )
     tiles = {f"{c.block_m}x{c.block_n}x{c.block_k}" for c in shipped}
@@ -88,7 +101,8 @@ def test_compiled_variants(arch):
         assert row["shared"] <= row["shared_limit"], row
     streaming = [row for row in rows if row["kernel"].startswith("stream")]
     assert len(streaming) == 2 * 8
-    for row in streaming:  # in every dtype, float32 as well
+    products = [row for row in rows if row["kernel"].startswith("drawn_by") and row["dtype"] != "fp64"]
+    for row in streaming + products:  # in every dtype, float32 as well
         assert row["tensor_core"] == ARCHITECTURES[arch], row
         assert row["loop_math"] > 0, row
 

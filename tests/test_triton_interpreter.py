@@ -14,7 +14,8 @@ import pytest
 from helpers import child_environment
 
 HERE = Path(__file__).parent
-MODULES = [f"test_triton_{name}.py" for name in ("rows", "sides", "stream", "api", "tangents", "second")]
+NAMES = ("rows", "sides", "stream", "api", "tangents", "second", "drawn")
+MODULES = [f"test_triton_{name}.py" for name in NAMES]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
 import tightrope
 from shards import Trial, alone, differences, on_rank, parallel, part_of
+from tightrope import backends
+from tightrope.strategies import sampled as sampler
 
 STRATEGIES = ("chunked", "streaming")
 # Rows of each rank's head, of 29 classes (a prime): even with padding, uneven, a rank without any.
@@ -249,10 +252,12 @@ def test_gradient_of_replicated_hidden_states_is_whole(ranks):
         assert error <= 1e-12 * size
 
 
-def sampled(rank: int, rows: str, strategy: str) -> dict[str, list[float]]:
+def sampled(
+    rank: int, rows: str, strategy: str, sizes: tuple[int, ...] = (1200, 803)
+) -> dict[str, list[float]]:
     """Errors of the gradients, over their norms, of four draws."""
     trial = Trial(
-        (1200, 803),
+        sizes,
         vocab=2003,
         rows=rows,
         tokens=(50, 30) if rows == "sharded" else (80,),
@@ -276,6 +281,24 @@ def test_sampled_gradients(ranks, rows, strategy):
     for errors in ranks(2).run(sampled, rows, strategy):
         for name in ("input", "weight"):
             assert all(0 < error <= 0.1 for error in errors[name]), name
+        assert max(errors["loss"] + errors["bias"]) <= 1e-12
+
+
+def sampled_by_devices(rank: int, rows: str, strategy: str) -> dict[str, list[float]]:
+    """`sampled`, as devices draw, one of which has fewer classes than a pilot takes."""
+    drawing = {name: replace(backend, draws=True) for name, backend in backends.BACKENDS.items()}
+    drawing["cpu"] = replace(drawing["eager"], name="cpu")
+    with patch.object(sampler, "reads", lambda device: False), patch.dict(backends.BACKENDS, drawing):
+        return sampled(rank, rows, strategy, (1903, 100))
+
+
+@both
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sampled_gradients_on_devices(ranks, rows, strategy):
+    """Would catch ranks that part ways over what a device alone decides."""
+    for errors in ranks(2).run(sampled_by_devices, rows, strategy):
+        for name in ("input", "weight"):
+            assert all(error <= 0.1 for error in errors[name]), name
         assert max(errors["loss"] + errors["bias"]) <= 1e-12
 
 

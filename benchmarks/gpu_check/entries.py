@@ -97,6 +97,34 @@ def _curvature(case: Case) -> list[Phase]:
     ]
 
 
+def _sampled(share: float, workspace_mb: float | None, passes: int) -> Callable[[Case], list[Phase]]:
+    """By chunks: the logits' product and two row kernels, whose float32 gradient stays; per chunk the drawn
+    columns are gathered by sectors and multiplied in Triton; the part of low rank at the end.
+
+    share: of the columns, drawn. passes: that they take.
+    """
+
+    def found(case: Case) -> list[Phase]:
+        n, d, v = case.rows, case.dim, case.vocab
+        chunks = chunk_count(n, v, fused=True, workspace_mb=workspace_mb)
+        head, hidden, logits, drawn = ITEM * v * d, ITEM * n * d, n * v, share * n * v
+        thin, met = share * 2.0 * n * d * v, 1 - (1 - share) ** (SECTOR / 4)
+        return [
+            Phase("norms", 0, head, 4 * v * d),  # and zeros to the float32 sum of dW
+            Phase("logits", 2.0 * n * d * v, chunks * head + hidden, 4 * logits),
+            Phase("row_stats", 0, 4 * logits, 0),
+            Phase("row_grad_sums", 0, 4 * logits, 4 * logits),
+            Phase("vectors", 0, chunks * VECTORS * LAUNCH, 0),
+            Phase("drawn_columns", 0, 4 * met * logits, ITEM * drawn),
+            Phase("stream_dh", thin, ITEM * drawn + chunks * share * head, 2 * 4 * passes * n * d),
+            Phase("stream_dW", thin, ITEM * drawn + hidden, 2 * 4 * chunks * share * v * d),
+            Phase("low rank", 0, head, 2 * 4 * v * d),
+            Phase("round", 0, 4 * (n + v) * d, ITEM * (n + v) * d),
+        ]
+
+    return found
+
+
 def _liger(case: Case) -> list[Phase]:
     """Chunks of ``N / (V / D)`` rows, to a power of two: each makes a bfloat16 dW, and adds it to the sum."""
     rows = 1 << (-(-case.rows // -(-case.vocab // case.dim)) - 1).bit_length()
@@ -113,15 +141,28 @@ def _cce(case: Case) -> list[Phase]:
     return [Phase("stream_forward", gemm, 0, 0), Phase("stream_backward", gemm, 0, 0), *blocks]
 
 
+# Kernels on vectors of V or fewer numbers that a chunk of a sampled step starts, counted on a CPU; and bytes
+# that memory moves while one of them starts and ends, 2.5 microseconds.
+VECTORS, LAUNCH = 320, 7.5e6
+# Bytes that memory gives at least: entries of columns that are not wanted come with those that are.
+SECTOR = 32
+# Of random logits, which are flat, SAMPLED_NOISE takes all of the columns, and NOISE a SHARE of them, counted
+# on a CPU: in chunks of half the rows, so that the pilot has every target.
+NOISE, SHARE, SAMPLED_MB = 0.02, 0.09, 512
 CHUNKED = {"strategy": "chunked"}
 ENTRIES = (
     Entry("chunked, fused", _step("fused"), CHUNKED | {"backend": "cuda"}),
     Entry("chunked, two kernels", _step("chunked"), CHUNKED | {"backend": "triton"}),
     Entry("streaming", _step("streaming"), {"strategy": "streaming"}),
-    # On a GPU nothing is sampled: whatever noise is allowed, the gradients are made in full.
+    Entry(
+        "sampled",
+        _sampled(SHARE, SAMPLED_MB, 1),
+        CHUNKED | {"backend": "cuda", "gradient_noise": NOISE, "workspace_mb": SAMPLED_MB},
+    ),
+    # Where less noise is allowed than sampling has, all columns are drawn.
     Entry(
         "sampled, made in full",
-        _step("fused"),
+        _sampled(1.0, None, 4),
         CHUNKED | {"backend": "cuda", "gradient_noise": competitors.SAMPLED_NOISE},
     ),
     Entry("frozen head", _step("fused", frozen=True), scenario="lora"),

@@ -188,8 +188,8 @@ def linear_reality_creativity_loss(
             ``weight``, as a share of their norms: one number below 1, or a pair. 0: exact. Otherwise they are
             made, without bias, of some of the columns of the logits' gradients, drawn from torch's default
             generator; loss, statistics and the other gradients stay exact. In full where that would not pay:
-            on flat distributions, with ``logit_l2``, and on a GPU. Each chunk of rows keeps to it, and of a
-            vocabulary over ranks each part (docs/sampled-gradients.md).
+            on flat distributions and with ``logit_l2``; on a GPU also float16, and without Triton all. Each
+            chunk of rows keeps to it, and of a vocabulary over ranks each part (docs/sampled-gradients.md).
         vocab_parallel: :class:`VocabParallel` where the ranks of a process group hold the vocabulary
             together; ``weight``, ``bias`` and a dense target are then this rank's part of them. An error of
             any rank, and arguments that differ where they must not, are raised on all of them. A weight that

@@ -98,6 +98,11 @@ class Backend:
     max_topk: int | None = None  # entries of a top-k target that the row primitives take; None: any number
     column_sums: Callable[..., None] = torch.ops.tightrope.column_sums
     row_grad_sums: Callable[..., None] = torch.ops.tightrope.row_grad_sums
+    # Of columns that a device has drawn, whose number nothing waits for.
+    drawn_columns: Callable[..., None] = ops.drawn_columns
+    drawn_by_head: Callable[..., None] = ops.drawn_by_head
+    drawn_by_hidden: Callable[..., None] = ops.drawn_by_hidden
+    draws: bool = False  # these take the time of the columns that were drawn, not of all
     # (a, pairs, out, add), where the CPU has instructions for products of bfloat16 with a float32 result
     pair_product: Callable[..., None] | None = None
     on_request: tuple[str, ...] = ()  # devices that it serves where it is asked for by name
@@ -132,6 +137,12 @@ def _find_triton() -> tuple[bool, str]:
 
 _has_triton, _triton_detail = _find_triton()
 _STREAMING = {name: _triton(name) for name in ("stream_stats", "stream_grad", "serves_stream") if _has_triton}
+_DRAWN = {
+    name: _triton(name, "triton_drawn")
+    for name in ("row_grad_sums", "drawn_columns", "drawn_by_head", "drawn_by_hidden")
+    if _has_triton
+}
+_DRAWN |= {"column_sums": ops.column_sums, "draws": _has_triton}
 _SECOND = {
     name: _triton(name, "triton_second") for name in ("row_tangent", "row_grad_tangent") if _has_triton
 }
@@ -153,7 +164,7 @@ BACKENDS = {
             row_grad_tangent=torch.ops.tightrope.row_grad_tangent,
             pair_product=torch.ops.tightrope.pair_product if getattr(_extension, "pairs", False) else None,
         ),
-        # Its own row kernels, and Triton's streaming ones and those of second order.
+        # Its own row kernels, and Triton's streaming ones, those of second order and of sampled gradients.
         Backend(
             "cuda",
             ("cuda",),
@@ -166,6 +177,7 @@ BACKENDS = {
             fuses=_cuda_fuses,
             **_STREAMING,
             **_SECOND,
+            **_DRAWN,
             narrows=True,
             max_topk=getattr(_cuda_extension, "max_topk", None),
         ),
@@ -179,6 +191,7 @@ BACKENDS = {
             _triton("row_sides"),
             **_STREAMING,
             **_SECOND,
+            **_DRAWN,
             narrows=True,
             on_request=("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else (),
         ),

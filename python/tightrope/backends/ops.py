@@ -12,7 +12,14 @@ row_sides merges into sides [6, R] what a tile adds to the two sides of its rows
 at least threshold [R], or those among classes [R, K] int64 (ascending, repeated ones count once), and the
 rest. With a set row_grad takes norm [4, R] and coef [14, R]: those of the rest, then those of the set.
 column_sums writes sums [r + 1, T] over the columns of gradients [R, T] times a scale: their products with
-along [r, R], and their squares. row_grad_sums is row_grad, and this of what it writes, in one pass.
+along [r, R], and their squares. row_grad_sums is row_grad, and this of what it writes, in one pass. Where a
+device is not to be waited for, the scale is a tensor of one element.
+The drawn_* take columns of a chunk's gradient that a device has drawn: index [V] int64, those first that were
+drawn, and count, a tensor of one element: how many. A call is for the columns index[first : first + m].
+drawn_columns writes those that count to part [m, R and a padding of zeros, to a multiple of 128]: each less
+``along[:, j] @ basis``, times factor [V]. The gradient is flat, its tiles of the vocabulary one after another
+and each row of them adjacent. drawn_by_head adds ``part^T weight[index]`` to a gradient [R, D], and
+drawn_by_hidden ``part hidden`` to the rows index of one [V, D].
 pairs writes bfloat16 b [K, N] to out [L / 2, N, 2], L the next multiple of 32: filled with zeros.
 pair_product writes out [M, N] = a [M, K] times pairs [K / 2, N, 2], bfloat16 both, K even, in float32; a that
 is float32 is rounded, and takes what pairs wrote; with add it is added to out, which is adjacent along N.
@@ -202,8 +209,10 @@ def row_grad(logits, out, norm, coef, offset, threshold, classes, *arguments) ->
 def column_sums(grad, along, scale, sums) -> None:
     """Write what sampling is told of the columns of a gradient to sums; see the top of this file."""
     scaled = grad * scale
-    torch.mm(along, scaled, out=sums[:-1])
-    sums[-1] = scaled.square().sum(0)
+    # Not by a GEMM, whose operands a GPU may be set to round.
+    for row, of_row in zip(along, sums):
+        torch.sum(row.unsqueeze(-1) * scaled, 0, out=of_row)
+    torch.sum(scaled.square(), 0, out=sums[-1])
 
 
 def row_grad_sums(logits, out, norm, coef, along, scale, sums, *arguments) -> None:
@@ -216,6 +225,41 @@ def pairs(b, out) -> None:
     """Write b in pairs to out; see the top of this file."""
     filled = torch.nn.functional.pad(b, (0, 0, 0, 2 * out.shape[0] - b.shape[0]))
     out.copy_(filled.unflatten(0, (-1, 2)).transpose(1, 2))
+
+
+def drawn_columns(grad, tile, index, count, factor, along, basis, first, part) -> None:
+    """Write drawn columns of a gradient to part; see the top of this file."""
+    (_, columns), rows, some = along.shape, basis.shape[1], slice(first, first + len(part))
+    column = index[some]
+    start = column // tile * tile
+    width = (columns - start).clamp_(max=tile)
+    place = (start * rows + column - start).unsqueeze(-1) + width.unsqueeze(-1) * _count(rows, index)
+    residual = grad[place] - along[:, column].t() @ basis
+    part.zero_()[: len(column), :rows] = residual * factor[some].unsqueeze(-1)
+
+
+def _count(length: int, like: Tensor) -> Tensor:
+    return torch.arange(length, device=like.device)
+
+
+def _drawn(part: Tensor, rows: int, index: Tensor, count: Tensor, first: int) -> tuple[Tensor, ...]:
+    """(column, whether it was drawn [m, 1], part [m, rows]) of those that a call is for; of the others 0."""
+    column = index[first : first + len(part)]
+    live = (_count(len(column), index) + first < count).unsqueeze(-1)
+    return column, live, torch.where(live, part[: len(column), :rows], 0.0)
+
+
+def drawn_by_head(part, weight, index, count, first, out) -> None:
+    """Add the product of the drawn columns with their rows of the head to out; see the top of this file."""
+    column, live, part = _drawn(part, len(out), index, count, first)
+    out.addmm_(part.t().to(out.dtype), torch.where(live, weight[column], 0.0).to(out.dtype))
+
+
+def drawn_by_hidden(part, hidden, index, count, first, out) -> None:
+    """Add the product of the drawn columns with the hidden states to out; see the top of this file."""
+    column, live, part = _drawn(part, len(hidden), index, count, first)
+    product = part.to(out.dtype) @ hidden.to(out.dtype)
+    out.index_add_(0, column, torch.where(live, product, 0.0))
 
 
 def pair_product(a, pairs, out, add) -> None:

@@ -129,8 +129,8 @@ def add_train(commands: argparse._SubParsersAction, modes: Sequence[str], run: C
         type=noise,
         nargs="+",
         metavar="SHARE",
-        help="on a CPU, gradients from some of the columns, with this error: one number, or two, of hidden "
-        "states and of the head (exact)",
+        help="gradients from some of the columns, with this error: one number, or two, of hidden states and "
+        "of the head (exact)",
     )
     how = train.add_argument_group("how to train")
     how.add_argument(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import validation
+from .. import backends, validation
 from ..coefficients import RowCoefficients
 from ..losses import REALITY
 from ..statistics import PARTIAL, SIDES, norm_rows, summary_rows
@@ -277,7 +277,7 @@ def estimate(
         moments.forward(forward, spans)
         noise = validation.gradient_noise(gradient_noise)
         wanted = Needs("input" in gradients, "weight" in gradients, "bias" in gradients)
-        if samples(noise, wanted, device, operand, result):
+        if samples(noise, wanted, device, operand, result, backends.resolve(None, device), widest):
             for start, stop in chunks:
                 moments.spread(backward, stop - start)
                 moments.both(backward, stop - start)

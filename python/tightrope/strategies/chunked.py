@@ -152,7 +152,7 @@ def loss_and_gradients(
     gradients that upstream gives, for a fused kernel.
     """
     problem.check_topk()
-    how = Plan.of(problem, workspace, fusible=ahead is not None)
+    how = Plan.of(problem, workspace, fusible=ahead is not None and not Sampler.serves(problem, needs))
     record, gradients = Record(problem), Gradients.unwritten(problem, needs, len(how.chunks))
     reductions, sampler = Reductions(gradients), Sampler.of(problem, needs, gradients)
     with borrow(how.elements, problem.dtype, problem.device) as memory:

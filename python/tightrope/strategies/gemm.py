@@ -51,7 +51,7 @@ def multiply(
         return torch.addmm(out, a, b, beta=int(accumulate), out_dtype=out.dtype, out=out)
     a = a.to(out.dtype)
     if rounds and b.dtype == torch.bfloat16 and out.dtype == torch.float32 and multiplies_pairs(b.device):
-        torch.ops.tightrope.pair_product(a, packed(b), out, accumulate)
+        torch.ops.tightrope.pair_product(a, packed(b, rounds), out, accumulate)
         return out
     if a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and b.numel():
         if _prefers_own():
@@ -63,9 +63,9 @@ def multiply(
     return torch.addmm(out, a, b.to(a.dtype), beta=int(accumulate), out=out)
 
 
-def packed(b: Tensor) -> Tensor:
-    """b [k, n] as `multiply` takes it best where it meets it more than once, and rounds if b is bfloat16."""
-    if b.dim() == 2 and b.dtype == torch.bfloat16 and multiplies_pairs(b.device):
+def packed(b: Tensor, rounds: bool = False) -> Tensor:
+    """b [k, n] as `multiply` takes it best where that meets it more than once. rounds: as there."""
+    if rounds and b.dim() == 2 and b.dtype == torch.bfloat16 and multiplies_pairs(b.device):
         filled = -(-b.shape[0] // backends.PAIR_MULTIPLE) * backends.PAIR_MULTIPLE
         made = b.new_empty(filled // 2, b.shape[1], 2)
         torch.ops.tightrope.pairs(b, made)

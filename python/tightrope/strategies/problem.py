@@ -91,10 +91,10 @@ class ColumnSums:
     """What is wanted of the columns of a chunk's gradient, beside the gradient (`ops.column_sums`)."""
 
     along: Tensor  # [r, n]
-    scale: float
+    scale: float | Tensor
     sums: Tensor  # [r + 1, V]: written
 
-    def of(self, start: int, stop: int) -> tuple[Tensor, float, Tensor]:
+    def of(self, start: int, stop: int) -> tuple[Tensor, float | Tensor, Tensor]:
         """Those of a tile, as the primitives take them."""
         return self.along, self.scale, self.sums[:, start:stop]
 
@@ -316,17 +316,32 @@ class LinearProblem(_Scored):
 
     def gradient_factor(self, hidden: Tensor) -> Tensor:
         """Hidden states [n, D], for products with gradients of logits, of which there are several."""
-        return packed(hidden.to(torch.bfloat16) if self.rounds else hidden)
+        return packed(hidden.to(torch.bfloat16), rounds=True) if self.rounds else packed(hidden)
 
     def head_bias(self, start: int, stop: int) -> Tensor | None:
         return None if self.bias is None else self.bias[start:stop].to(self.dtype).contiguous()
 
     def place(self, memory: Tensor, rows: int, entries: int) -> Tensor:
         """The first elements of flat memory, as logits of so many rows and entries."""
-        if self.device.type == "cpu":
-            # Transposed, their GEMM is 5 to 25 % faster with MKL; the row kernels take either layout.
-            return memory[: rows * entries].view(entries, rows).t()
-        return memory[: rows * entries].view(rows, entries)
+        flat = memory[: rows * entries]
+        return flat.view(rows, entries) if self.by_rows else flat.view(entries, rows).t()
+
+    @cached_property
+    def by_rows(self) -> bool:
+        """Whether the entries of a row of logits are adjacent.
+
+        Transposed, their GEMM is 5 to 25 % faster with MKL; the row kernels of a CPU take either layout.
+        """
+        return self.device.type != "cpu"
+
+    def adjacent(self, rows: int) -> int:
+        """Entries of a row that `place` lays out side by side where a chunk goes by tile by tile."""
+        return self.tiles(rows)[0][1] if self.by_rows else 1
+
+    def head_rows(self, index: Tensor) -> Tensor:
+        """Some rows of the head, as `gradient_head`."""
+        rows = self.weight.index_select(0, index)
+        return rows if self.pairs else self.operands(rows, None)
 
     @cached_property
     def pairs(self) -> bool:
@@ -343,6 +358,8 @@ class LinearProblem(_Scored):
 
     def factor(self, hidden: Tensor) -> Tensor:
         """Hidden states [n, D] as `raw_logits` takes them best where it meets them more than once."""
+        if self.by_rows:
+            return hidden
         if not self.pairs:
             across = packed(hidden.t())
             return across if across.dim() == 3 else hidden
@@ -376,11 +393,11 @@ class LinearProblem(_Scored):
 
         hidden: [n, D], or what `packed` made of its transpose.
         """
-        if self.device.type == "cpu":
+        if self.by_rows:
+            multiply(hidden, head.t(), out, rows="m", accumulate=accumulate)
+        else:
             across = hidden if hidden.dim() == 3 else hidden.t()
             multiply(head, across, out.t(), rows="n", accumulate=accumulate)
-        else:
-            multiply(hidden, head.t(), out, rows="m", accumulate=accumulate)
 
     def row_grad(
         self,
@@ -392,17 +409,17 @@ class LinearProblem(_Scored):
     ) -> Tensor:
         """Gradient with respect to the raw logits, as a GEMM's operand: in place where dtypes allow.
 
-        sums: written too, where operands have the dtype of the arithmetic.
+        sums: written too, and the gradient in place, in the dtype of the arithmetic.
         """
         z = None if chunk.temperature is None else raw.clone()
-        narrow = self.operand != raw.dtype and self.backend.narrows and z is None
+        narrow = self.operand != raw.dtype and self.backend.narrows and z is None and sums is None
         out = torch.empty_like(raw, dtype=self.operand) if narrow else raw
         self.scored_grad(raw, out, form, chunk, tile, sums if z is None else None)
         if z is not None:
             out = self.cooled(z, out, chunk, form.to_temperature)
             if sums is not None:
                 self.backend.column_sums(out, *sums.of(*tile))
-        return out.to(self.operand)
+        return out.to(self.operand) if sums is None else out
 
     def fuses(self, rows: int) -> bool:
         """Whether `row_loss_grad` is the better way for chunks of so many rows.

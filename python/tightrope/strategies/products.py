@@ -80,7 +80,10 @@ def multiply_tiles(
         make = torch.empty_like if problem.columns else torch.zeros_like
         hidden_grad = to_input[chunk.where] if in_place else make(hidden, dtype=problem.dtype)
     factor = None if to_weight is None else problem.gradient_factor(hidden)
+    multiplied = to_input is not None or to_weight is not None
     for tile, grad in grads:
+        if multiplied:
+            grad = grad.to(problem.operand)
         if to_input is not None:
             head = problem.gradient_head(*tile)
             add = tile[0] > 0
