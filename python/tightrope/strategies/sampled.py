@@ -33,8 +33,8 @@ from .sampling import PILOT_LEAST, Columns, Draw, Pilot, importance
 
 # Chunks whose parts of low rank wait for each other: a number of the size of V a chunk is kept.
 _WAITING = 16
-# Where no less noise is asked for, bfloat16 operands are multiplied as they are: what rounding gradients adds,
-# 2^-8 of an entry at most, is lost in it.
+# Where no less noise is asked for, bfloat16 operands are multiplied as they are: what rounding gradients
+# adds, 2^-8 of an entry at most, is lost in it.
 _ROUNDED = 2.0**-8
 
 
