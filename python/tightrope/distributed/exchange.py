@@ -24,7 +24,8 @@ from . import collectives
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from ..strategies.problem import Chunk, LinearProblem
+    from ..strategies.problem import LinearProblem
+    from ..strategies.scored import Chunk
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 

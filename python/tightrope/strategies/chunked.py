@@ -23,9 +23,10 @@ from ..statistics import RowStats, StatGrads, norm_rows, row_stats
 from ..targets import Target
 from . import plan
 from .gemm import headroom, multiply
-from .problem import Chunk, ColumnSums, LinearProblem
+from .problem import LinearProblem
 from .products import Gradients, Needs, Tile, multiply_tiles
 from .sampled import Sampler, in_full
+from .scored import Chunk, ColumnSums
 from .workspace import borrow
 
 # (statistics of a chunk's rows, the chunk) -> (loss of each row [n], upstream gradients of the statistics,

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..statistics import norm_rows
 from . import plan
-from .problem import Chunk, LogitsProblem
+from .problem import LogitsProblem
 from .products import Needs
+from .scored import Chunk
 from .tangents import Direction, Form, Moving, UpstreamOf
 
 

@@ -31,8 +31,9 @@ from ..support import RowSets
 from ..targets import Target
 from . import chunked, dense, streaming
 from .chunked import Reductions, Upstream
-from .problem import LinearProblem, LogitsProblem, Rows, arithmetic_dtype
+from .problem import LinearProblem, LogitsProblem, arithmetic_dtype
 from .products import Gradients, Needs
+from .scored import Rows
 
 # input [N, D], weight [V, D], bias [V]; logits [N, V].
 HEAD = ("Tensor input", "Tensor weight", "Tensor? bias", LinearArguments)

@@ -21,9 +21,9 @@ from ..statistics import FLOATING, RowStats, StatGrads
 from ..tokens import without_target
 from . import chunked, ops
 from .chunked import Plan, Record
-from .problem import Rows
 from .products import Gradients, Needs
 from .sampled import in_full
+from .scored import Rows
 from .workspace import borrow
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..arguments import Arguments, group
 from .gemm import multiply
-from .problem import Chunk, LinearProblem
+from .problem import LinearProblem
+from .scored import Chunk
 
 Tile = tuple[int, int]
 

@@ -26,10 +26,11 @@ from ..arguments import NoiseArguments
 from ..backends import Backend
 from ..coefficients import RowCoefficients
 from .gemm import headroom, multiply
-from .problem import Chunk, ColumnSums, Form, LinearProblem
+from .problem import LinearProblem
 from .products import Gradients, Needs, Tile, multiply_tiles
 from .residual import DeviceResidual, Residual
 from .sampling import PILOT_LEAST, Columns, Draw, Pilot, importance
+from .scored import Chunk, ColumnSums, Form
 
 # Chunks whose parts of low rank wait for each other: a number of the size of V a chunk is kept.
 _WAITING = 16

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..backends.ops import to_logits
 from ..statistics import StatGrads
 from . import dense
-from .problem import Chunk, LinearProblem, LogitsProblem
+from .problem import LinearProblem, LogitsProblem
+from .scored import Chunk
 from .streaming import largest, tiled_spans
 from .workspace import borrow
 

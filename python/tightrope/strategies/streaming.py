@@ -17,9 +17,10 @@ from ..statistics import norm_rows
 from . import plan
 from .chunked import Plan, Reductions, chunk_gradients, side_by_side
 from .gemm import headroom, multiply
-from .problem import Chunk, Form, LinearProblem
+from .problem import LinearProblem
 from .products import Gradients, Needs
 from .sampled import Sampler
+from .scored import Chunk, Form
 from .workspace import borrow
 
 Spans = list[tuple[int, int]]

@@ -26,8 +26,9 @@ from ..coefficients import coefficient_tangent, row_coefficients
 from ..statistics import StatGrads, empty_sums, norm_rows, norm_tangent_rows, summarise_tangent
 from . import plan
 from .gemm import multiply
-from .problem import Chunk, LinearProblem, LogitsProblem
+from .problem import LinearProblem, LogitsProblem
 from .products import Gradients, Needs
+from .scored import Chunk
 from .streaming import largest, placed, tiled_spans
 from .workspace import borrow
 

@@ -28,7 +28,8 @@ from .gemm import multiply
 
 if TYPE_CHECKING:
     from ..distributed.exchange import Step
-    from .problem import Chunk, LinearProblem, LogitsProblem
+    from .problem import LinearProblem, LogitsProblem
+    from .scored import Chunk
 
 # Of a log ratio: what is beyond is nothing in a sum of probabilities, and e^x is finite in every dtype.
 _FAR = 80.0
