@@ -8,6 +8,7 @@ would take, and what was not drawn costs a pass nothing but its start (`Backend.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,9 +30,15 @@ class Residual:
     """The gradient of a chunk of n rows without its part of low rank."""
 
     problem: LinearProblem
+    hidden: Tensor  # [n, D]
     memory: Tensor  # flat: the gradients of all tiles (`LinearProblem.place`)
     basis: Tensor  # [r, n]
     along: Tensor  # [r, V]
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """The hidden states as several products take them."""
+        return self.problem.gradient_factor(self.hidden)
 
     def columns(self, index: Tensor, factor: Tensor) -> Tensor:
         """Some columns, each times a factor [m], as rows [m, n] of an operand of GEMMs."""
@@ -40,15 +47,12 @@ class Residual:
         part = gradient.t().index_select(0, index)
         return part.addmm_(self.along[:, index].t(), self.basis, alpha=-1).mul_(factor.unsqueeze(-1))
 
-    def add_products(
-        self, draw: Draw, hidden: Tensor, to_hidden: Tensor | None, to_weight: Tensor | None
-    ) -> None:
+    def add_products(self, draw: Draw, to_hidden: Tensor | None, to_weight: Tensor | None) -> None:
         """Add the products of the drawn columns, over their chances, to the gradients wanted.
 
-        hidden, to_hidden: [n, D]. to_weight: [V, D].
+        to_hidden: [n, D]. to_weight: [V, D].
         """
         problem, rounds = self.problem, self.problem.rounds
-        factor = None if to_weight is None else problem.gradient_factor(hidden)
         for start, stop in spans(draw.index.numel(), _GATHERED):
             index, inverse = draw.index[start:stop], draw.inverse[start:stop].to(self.along.dtype)
             part = self.columns(index, inverse)
@@ -56,8 +60,9 @@ class Residual:
                 head = problem.head_rows(index)
                 multiply(part.t(), head, to_hidden, rows="k", accumulate=True, rounds=rounds)
             if to_weight is not None:
-                product = hidden.new_empty(len(part), hidden.shape[1])
-                to_weight.index_add_(0, index, multiply(part, factor, product, rows="m", rounds=rounds))
+                product = part.new_empty(len(part), self.hidden.shape[1])
+                multiply(part, self.factor, product, rows="m", rounds=rounds)
+                to_weight.index_add_(0, index, product)
 
 
 class DeviceResidual(Residual):
@@ -69,9 +74,7 @@ class DeviceResidual(Residual):
         self._gather(index, count, factor, 0, part)
         return part[:, : self.basis.shape[1]]
 
-    def add_products(
-        self, draw: Draw, hidden: Tensor, to_hidden: Tensor | None, to_weight: Tensor | None
-    ) -> None:
+    def add_products(self, draw: Draw, to_hidden: Tensor | None, to_weight: Tensor | None) -> None:
         problem, backend = self.problem, self.problem.backend
         most = _padded(-(-problem.columns // _PASSES))
         part, drawn = self._empty(most), (draw.index, draw.drawn)
@@ -81,7 +84,7 @@ class DeviceResidual(Residual):
             if to_hidden is not None:
                 backend.drawn_by_head(part, problem.weight, *drawn, first, to_hidden)
             if to_weight is not None:
-                backend.drawn_by_hidden(part, hidden, *drawn, first, to_weight)
+                backend.drawn_by_hidden(part, self.hidden, *drawn, first, to_weight)
 
     def _empty(self, columns: int) -> Tensor:
         return self.basis.new_empty(columns, _padded(self.basis.shape[1]), dtype=self.problem.operand)

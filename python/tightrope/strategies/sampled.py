@@ -108,12 +108,12 @@ class Sampler:
         # What is taken out of the columns must be what products with it take.
         along = (sums[:-1] / scale).to(self.operand).to(problem.dtype)
         kind = Residual if self.reads else DeviceResidual
-        residual = kind(self.thin, memory, basis, along)
+        residual = kind(self.thin, hidden, memory, basis, along)
         # What all columns have in equal measure has nothing that is light.
         dense = _counted(_coefficients(form).logit, chunk.active).any()
         draw = None
         if problem.columns and not (self.reads and dense):
-            draw = self._draw(chunk, residual, hidden, sums, dense)
+            draw = self._draw(chunk, residual, sums, dense)
         size = chunk.size * problem.columns
         self.entries += size
         if draw is None:
@@ -132,13 +132,11 @@ class Sampler:
         if not self.reads:
             # Of a row that is not finite no more than its own products may be: nothing is taken out there.
             residual = replace(residual, along=along.masked_fill(draw.full, 0.0))
-        return self._multiply(chunk, hidden, residual, draw, exact_grad)
+        return self._multiply(chunk, residual, draw, exact_grad)
 
-    def _draw(
-        self, chunk: Chunk, residual: Residual, hidden: Tensor, sums: Tensor, dense: Tensor
-    ) -> Draw | None:
+    def _draw(self, chunk: Chunk, residual: Residual, sums: Tensor, dense: Tensor) -> Draw | None:
         """The columns to multiply; None for all."""
-        problem, basis, scale, rounds = self.thin, residual.basis, self.scale, self.thin.rounds
+        hidden, basis, scale, rounds = residual.hidden, residual.basis, self.scale, self.thin.rounds
         columns = Columns.of(sums[:-1], sums[-1], self.heads)
         for_input, for_weight = (gradient is not None for gradient in self.sampled.flat()[:2])
         pilot = Pilot.draw(columns.residual * columns.head if for_input else columns.residual, self.reads)
@@ -148,15 +146,15 @@ class Sampler:
         to_input = to_weight = None
         gain = columns.head.new_zeros(())
         if for_input:
-            inverse, rows = pilot.inverse.to(sums.dtype), problem.head_rows(index)
+            inverse, rows = pilot.inverse.to(sums.dtype), self.thin.head_rows(index)
             weighed = (first * inverse.unsqueeze(-1)).to(first.dtype)
             product = multiply(weighed.t(), rows, sums.new_empty(hidden.shape), rows="k", rounds=rounds)
             product.addmm_(basis.t(), (along * inverse) @ rows.to(sums.dtype))
             sizes = (columns.size * columns.head)[index]
             to_input = self.noise.input_noise * pilot.norm_of_sum(product, sizes)
         if for_weight:
-            factor, product = self.thin.gradient_factor(hidden), sums.new_empty(len(first), hidden.shape[1])
-            multiply(first, factor, product, rows="m", rounds=rounds)
+            product = sums.new_empty(len(first), hidden.shape[1])
+            multiply(first, residual.factor, product, rows="m", rounds=rounds)
             ratio = product.double().square().sum(-1) / columns.residual[index].square()
             gain = pilot.mean_of_random(ratio).sqrt()
             product.addmm_(along.t(), basis @ hidden.to(sums.dtype))
@@ -179,12 +177,12 @@ class Sampler:
         return rows
 
     def _multiply(
-        self, chunk: Chunk, hidden: Tensor, residual: Residual, draw: Draw, hidden_grad: Tensor | None
+        self, chunk: Chunk, residual: Residual, draw: Draw, hidden_grad: Tensor | None
     ) -> Tensor | None:
-        to_input, to_weight, _, _ = self.sampled.flat()
+        hidden, (to_input, to_weight, _, _) = residual.hidden, self.sampled.flat()
         if to_input is not None:
             hidden_grad = to_input.new_zeros(hidden.shape)
-        residual.add_products(draw, hidden, None if to_input is None else hidden_grad, to_weight)
+        residual.add_products(draw, None if to_input is None else hidden_grad, to_weight)
         into, where = hidden_grad, slice(None)
         if to_input is not None and chunk.step.alone:
             to_input[chunk.where] = hidden_grad
