@@ -259,6 +259,7 @@ PRIMITIVES = {
         "pair_product",
         "panels",
         "product",
+        "product_stats",
     )
 }
 
@@ -296,6 +297,11 @@ def test_primitives(name, kind):
     partial = empty_partial(rows, torch.float32, torch.device("cpu"))
     if name.endswith("row_stats"):
         args = (logits, *partial, *tail)
+    elif name.endswith("product_stats"):
+        dense_is_refused = (0, tail[1], None, *tail[3:])
+        head, width = randn(logits.shape[1], 8), backends.PANEL or 16
+        panels = randn(-(-rows // width), 8, width, seed=4)
+        args = (head, panels, torch.full((len(head), rows), torch.nan), *partial, *dense_is_refused)
     elif name.endswith("pairs"):
         args = (randn(8, 6, dtype=torch.bfloat16), torch.full((16, 6, 2), torch.nan, dtype=torch.bfloat16))
     elif name.endswith("pair_product"):

@@ -34,6 +34,11 @@ struct Transform {
   bool is_identity() const { return bias == nullptr && logit_scale == T(1) && softcap == T(0); }
   T inverse_cap() const { return softcap == T(0) ? T(0) : T(1) / softcap; }
 
+  // The same of the columns from `first` on.
+  Transform from(int64_t first) const {
+    return {bias == nullptr ? nullptr : bias + first, logit_scale, softcap};
+  }
+
   Vec apply(Vec x, Vec bias_lanes) const {
     const auto tanh = [](Vec u) { return u.tanh(); };
     return to_logit<Vec>(

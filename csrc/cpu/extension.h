@@ -18,6 +18,7 @@
 #include "columns.h"
 #include "product_ops.h"
 #include "rows.h"
+#include "scored.h"
 #include "tangent_columns.h"
 #include "tangent_rows.h"
 
@@ -100,6 +101,49 @@ void row_stats_op(
             make_targets<T>(rows, cols, index, dense, topk_index, topk_prob), pointer<bool>(active),
             partial.data_ptr<T>(), argmax.data_ptr<int64_t>());
       });
+}
+
+void product_stats_op(
+    const Tensor& head, const Tensor& factor, const OptionalTensor& out, Tensor& partial,
+    Tensor& argmax, int64_t offset, const OptionalTensor& index, const OptionalTensor& dense,
+    const OptionalTensor& topk_index, const OptionalTensor& topk_prob, const OptionalTensor& bias,
+    const OptionalTensor& active, double logit_scale, std::optional<double> softcap) {
+  TORCH_CHECK_VALUE(!dense.has_value(), "dense is given, expected none beside a product");
+  TORCH_CHECK_VALUE(
+      head.dim() == 2 && has_adjacent_entries(head), "head has shape ", head.sizes(),
+      " and strides ", head.strides(), ", expected two dimensions, adjacent along the second");
+  const int64_t rows = argmax.numel(), cols = head.size(0), inner = head.size(1);
+  check(argmax, "argmax", {rows}, at::kLong);
+  check(partial, "partial", {kPartialFields, rows}, at::kFloat);
+  check_active(active, rows);
+  if (out.has_value()) check(*out, "out", {cols, rows}, at::kFloat);
+  const int64_t stride = head.stride(0);
+  const auto run = [&](auto product) {
+    product_stats(
+        product, inner, out.has_value() ? out->data_ptr<float>() : nullptr, rows, cols, offset,
+        make_transform<float>(cols, bias, logit_scale, softcap),
+        make_targets<float>(rows, cols, index, dense, topk_index, topk_prob), pointer<bool>(active),
+        partial.data_ptr<float>(), argmax.data_ptr<int64_t>());
+  };
+  if (head.scalar_type() == at::kBFloat16) {
+    TORCH_CHECK_VALUE(inner % 2 == 0, "head has shape ", head.sizes(), ", expected an even second");
+    check(factor, "factor", {inner / 2, rows, 2}, at::kBFloat16);
+    const auto* const from = head.const_data_ptr<at::BFloat16>();
+    const auto* const pairs = factor.const_data_ptr<at::BFloat16>();
+    run([=](int64_t first, int64_t n, float* z) {
+      pair_product(from + first * stride, stride, pairs, z, rows, n, rows, inner, false);
+    });
+    return;
+  }
+  TORCH_CHECK_TYPE(
+      head.scalar_type() == at::kFloat, "head is ", head.scalar_type(), ", expected float or ",
+      at::kBFloat16);
+  check(factor, "factor", {panel_count(rows), inner, kPanel}, at::kFloat);
+  const auto* const from = head.const_data_ptr<float>();
+  const auto* const panels = factor.const_data_ptr<float>();
+  run([=](int64_t first, int64_t n, float* z) {
+    product_of_panels({from + first * stride, stride, 1}, panels, inner, z, rows, n, rows, false);
+  });
 }
 
 template <class T>
@@ -336,6 +380,7 @@ TORCH_LIBRARY_IMPL(tightrope, CPU, m) {
   m.impl("pairs", TORCH_FN(tightrope::cpu::pairs_op));
   m.impl("pair_product", TORCH_FN(tightrope::cpu::pair_product_op));
   m.impl("panels", TORCH_FN(tightrope::cpu::panels_op));
+  m.impl("product_stats", TORCH_FN(tightrope::cpu::product_stats_op));
   m.impl("product", TORCH_FN(tightrope::cpu::product_op));
   m.impl("row_tangent", TORCH_FN(tightrope::cpu::row_tangent_op));
   m.impl("row_grad_tangent", TORCH_FN(tightrope::cpu::row_grad_tangent_op));

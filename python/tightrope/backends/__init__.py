@@ -105,6 +105,7 @@ class Backend:
     draws: bool = False  # these take the time of the columns that were drawn, not of all
     # (a, pairs, out, add), where the CPU has instructions for products of bfloat16 with a float32 result
     pair_product: Callable[..., None] | None = None
+    product_stats: Callable[..., None] | None = None  # where it makes logits by products of its own
     on_request: tuple[str, ...] = ()  # devices that it serves where it is asked for by name
 
     def serves(self, device: torch.device, asked: bool = False) -> bool:
@@ -163,6 +164,7 @@ BACKENDS = {
             row_tangent=torch.ops.tightrope.row_tangent,
             row_grad_tangent=torch.ops.tightrope.row_grad_tangent,
             pair_product=torch.ops.tightrope.pair_product if getattr(_extension, "pairs", False) else None,
+            product_stats=torch.ops.tightrope.product_stats,
         ),
         # Its own row kernels, and Triton's streaming ones, those of second order and of sampled gradients.
         Backend(

@@ -26,6 +26,8 @@ is float32 is rounded, and takes what pairs wrote; with add it is added to out, 
 panels writes b [K, N] to out [P, K, w]: P panels of w columns each, what is missing of the last one as zeros.
 product writes out [M, N] = a [M, K] times b, which is [K, N] or its panels; with add it is added to out,
 which is adjacent along N. All are float32, but for b [K, N], which may be bfloat16.
+product_stats is row_stats of logits [R, T] that it makes itself: of a head [T, K] and factor, which is panels
+of the transpose of hidden states [R, K], or pairs where they are bfloat16. They go to out [T, R], if given.
 row_loss_grad takes whole rows: with upstream [11, R] (`RowUpstream`) it writes partial, argmax and out in one
 go; where the backend fuses, an out of a narrower dtype may have the front of each row's memory.
 Arithmetic is float32, float64 for float64 logits; all but logits and out have that dtype.
@@ -281,6 +283,13 @@ def product(a, b, out, add) -> None:
     torch.addmm(out, a, b.to(a.dtype), beta=int(add), out=out)
 
 
+def product_stats(head, factor, out, partial, argmax, offset, *arguments) -> None:
+    """Merge the statistics of logits that are made here; see the top of this file."""
+    logits = partial.new_empty(len(head), len(argmax)) if out is None else out
+    (product if factor.dtype == logits.dtype else pair_product)(head, factor, logits, False)
+    row_stats(logits.t(), partial, argmax, offset, *arguments)
+
+
 def row_loss_grad(logits, out, partial, argmax, upstream, *arguments) -> None:
     """Write statistics and dloss/dlogits of whole rows in one operator; see the top of this file."""
     tile = TileArguments(*arguments)
@@ -360,6 +369,13 @@ define(
     Signature("Tensor a", "Tensor b", "Tensor(a!) out", "bool add"),
     "()",
     product,
+    _fake,
+)
+define(
+    "product_stats",
+    Signature("Tensor head", "Tensor factor", "Tensor(a!)? out", *_STATISTICS, "int offset", TileArguments),
+    "()",
+    product_stats,
     _fake,
 )
 define(

@@ -213,11 +213,7 @@ def chunk_statistics(
     tiles = problem.tiles(chunk.size)
     if problem.teacher is not None:
         chunk.target.dense.measure(own.step, tiles, of_teacher(memory))
-    factor = problem.factor(hidden)
-    for tile in tiles:
-        part = memory[chunk.size * tile[0] :]
-        raw = problem.raw_logits(factor, part, chunk, tile)
-        problem.row_stats(raw, partial, argmax, chunk, tile)
+    problem.logit_stats(problem.factor(hidden), memory, True, partial, argmax, chunk, tiles)
     again = (
         (problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0]), tile) for tile in tiles
     )
@@ -247,7 +243,7 @@ def chunk_gradients(
     form = problem.form(chunk, norm, coef, to_rows)
 
     def made(sums: ColumnSums | None = None) -> Iterable[tuple[Tile, Tensor]]:
-        for tile in problem.tiles(chunk.size):
+        for tile in problem.gradient_tiles(chunk.size):
             raw = problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0])
             yield tile, problem.row_grad(raw, form, chunk, tile, sums)
 

@@ -54,7 +54,7 @@ def multiply(
         torch.ops.tightrope.pair_product(a, packed(b, rounds), out, accumulate)
         return out
     if a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and b.numel():
-        if _prefers_own():
+        if owns_products(a.device, a.dtype):
             return _by_own(a, b, out, accumulate)
         if _prefers_onednn():
             _by_onednn(a, b.to(a.dtype), out, accumulate, rows)
@@ -70,7 +70,7 @@ def packed(b: Tensor, rounds: bool = False) -> Tensor:
         made = b.new_empty(filled // 2, b.shape[1], 2)
         torch.ops.tightrope.pairs(b, made)
         return made
-    if b.device.type != "cpu" or b.dtype != torch.float32 or not b.numel() or not _prefers_own():
+    if not b.numel() or not owns_products(b.device, b.dtype):
         return b
     made = b.new_empty(-(-b.shape[1] // backends.PANEL), b.shape[0], backends.PANEL)
     torch.ops.tightrope.panels(b, made)
@@ -173,6 +173,11 @@ def multiplies_pairs(device: torch.device) -> bool:
 def has_onednn() -> bool:
     """Whether this PyTorch has the oneDNN product that `multiply` calls."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def owns_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of such matrices are the CPU extension's own."""
+    return device.type == "cpu" and dtype == torch.float32 and _prefers_own()
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..arguments import NoiseArguments
 from . import plan
-from .gemm import multiply, operand_dtype, packed, result_dtype, widens
+from .gemm import multiply, operand_dtype, owns_products, packed, result_dtype, widens
 from .scored import Chunk, ColumnSums, Form, Scored
 
 
@@ -64,6 +64,19 @@ class LinearProblem(Scored):
     def wide_tiles(self, rows: int) -> list[tuple[int, int]]:
         """The same where a tile needs no memory beside its logits: one, unless its head is converted."""
         return [(0, self.columns)] if self.weight.dtype == self.operand else self.tiles(rows)
+
+    def gradient_tiles(self, rows: int) -> list[tuple[int, int]]:
+        """Spans of the vocabulary whose gradients are made, and multiplied, one at a time.
+
+        All of it, where products are our own: they fetch ahead what they meet, so it need not be in cache,
+        and what Python takes between two tiles is saved. Tile by tile where a tile takes memory.
+        """
+        own = self.operand == self.dtype and owns_products(self.device, self.dtype) and not self.rounds
+        converted = self.weight.dtype != self.operand and not self.pairs
+        dense = self.target.is_dense or self.teacher is not None
+        if not own or converted or dense or self.temperature is not None:
+            return self.tiles(rows)
+        return [(0, self.columns)] if self.columns else []
 
     def hidden(self, chunk: Chunk) -> Tensor:
         """The chunk's hidden states [size, D]; zeros where a row does not count: no NaN leaks from it."""
@@ -154,6 +167,40 @@ class LinearProblem(Scored):
         else:
             self.product(factor, self.head(*tile) if head is None else head, raw)
         return raw if chunk.temperature is None else raw.copy_(self.tempered(raw, chunk, tile))
+
+    def logit_stats(
+        self,
+        factor: Tensor,
+        memory: Tensor,
+        kept: bool,
+        partial: Tensor,
+        argmax: Tensor,
+        chunk: Chunk,
+        tiles: list[tuple[int, int]],
+    ) -> None:
+        """Merge the statistics of a chunk's logits, made by the `factor` of its hidden states.
+
+        kept: they go to flat memory, one tile after the other; else a tile at a time to its front, which
+        `scores_products` does without.
+        """
+        if self.scores_products and chunk.size:
+            out = memory[: chunk.size * self.columns].view(self.columns, chunk.size) if kept else None
+            head, arguments = self.weight[: self.columns], self.tile_arguments(chunk, (0, self.columns))
+            self.backend.product_stats(head, factor, out, partial, argmax, self.offset, *arguments)
+            return
+        for tile in tiles:
+            place = memory[chunk.size * tile[0] :] if kept else memory
+            raw = self.raw_logits(factor, place, chunk, tile)
+            self.row_stats(raw, partial, argmax, chunk, tile)
+
+    @cached_property
+    def scores_products(self) -> bool:
+        """Whether the backend takes statistics of logits as it makes them."""
+        plain = self.temperature is None and self.teacher is None and not self.target.is_dense
+        own = self.weight.dtype == self.operand and owns_products(self.device, self.operand)
+        adjacent = self.weight.shape[1] == 1 or self.weight.stride(1) == 1
+        fits = self.weight.numel() > 0 and adjacent and (own or self.pairs)
+        return plain and fits and self.backend.product_stats is not None
 
     def product(self, hidden: Tensor, head: Tensor, out: Tensor, accumulate: bool = False) -> None:
         """``hidden @ head.T`` to out [n, T], which `place` laid out, or added to it.

@@ -118,7 +118,7 @@ class Sampler:
         self.entries += size
         if draw is None:
             self.multiplied += size
-            tiles = problem.tiles(chunk.size)
+            tiles = problem.gradient_tiles(chunk.size)
             again = (
                 (tile, problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0]))
                 for tile in tiles

@@ -81,7 +81,9 @@ def statistics(problem: LinearProblem, workspace: int) -> tuple[Tensor, Tensor]:
     tiles, spans = _forward_spans(problem, workspace)
     if problem.streams:
         problem = replace(problem, target=problem.target.in_order())
-    elements = 0 if problem.streams else largest(tiles, spans) * problem.exchange.owners
+    # Of a set the logits are made once more.
+    bare = problem.streams or (problem.scores_products and problem.sets is None)
+    elements = 0 if bare else largest(tiles, spans) * problem.exchange.owners
     with borrow(elements, problem.dtype, summary.device) as flat:
         for start, stop in spans:
             own = problem.chunk(start, stop)
@@ -90,12 +92,11 @@ def statistics(problem: LinearProblem, workspace: int) -> tuple[Tensor, Tensor]:
                 chunk.target.dense.measure(own.step, tiles)
             partial, best = problem.new_partial(chunk.size)
             factor = problem.factor(hidden)
-            for tile in tiles:
-                if problem.streams:
+            if problem.streams:
+                for tile in tiles:
                     problem.stream_stats(hidden, partial, best, chunk, tile)
-                    continue
-                raw = problem.raw_logits(factor, flat, chunk, tile)
-                problem.row_stats(raw, partial, best, chunk, tile)
+            else:
+                problem.logit_stats(factor, flat, False, partial, best, chunk, tiles)
             # The logits are gone by then, and made once more.
             again = ((problem.raw_logits(factor, flat, chunk, tile), tile) for tile in tiles)
             of_rows = problem.summarise(partial, best, own, chunk, again)
@@ -208,7 +209,7 @@ def _by_chunks(
             own = problem.chunk(start, stop, summary)
             chunk, hidden = own.step.spread(problem, own)
             factor = problem.factor(hidden)
-            for tile in problem.tiles(chunk.size):
+            for tile in problem.gradient_tiles(chunk.size):
                 problem.raw_logits(factor, memory[chunk.size * tile[0] :], chunk, tile)
             of_rows = norm[:, own.where], coef[:, own.where].contiguous()
             chunk_gradients(problem, own, chunk, hidden, memory, *of_rows, reductions, sampler)
