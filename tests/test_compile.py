@@ -293,6 +293,8 @@ def primitive_arguments(kind):
 @pytest.mark.parametrize("name", sorted(PRIMITIVES))
 def test_primitives(name, kind):
     """The primitives write into tensors that the caller gives, as their schema says."""
+    if name.endswith("pair_product") and backends.PANEL and not backends.BACKENDS["cpu"].pair_product:
+        pytest.skip("this CPU has no products of pairs")
     rows, logits, tail = primitive_arguments(kind)
     partial = empty_partial(rows, torch.float32, torch.device("cpu"))
     if name.endswith("row_stats"):
