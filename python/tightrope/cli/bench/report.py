@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -149,7 +150,7 @@ def _floor(rows: Sequence[dict]) -> Figure | None:
         dict.fromkeys(row["name"] or f"{row['rows']} x {row['dim']} x {row['vocab']}" for row in rows)
     )
     names = list(dict.fromkeys(row["competitor"] for row in rows))
-    figure = Figure(figsize=(max(7, 1.3 * len(cases) + 3), 5), layout="constrained")
+    figure = Figure(figsize=(max(10, 1.3 * len(cases) + 6), 5), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(names)
     for index, name in enumerate(names):
@@ -165,7 +166,8 @@ def _floor(rows: Sequence[dict]) -> Figure | None:
     axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
     axes.set_ylabel("time, as a multiple of the three bare GEMMs")
     axes.grid(axis="y", which="both", alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
+    # Beside the bars: with a dozen competitors there is no place among them.
+    figure.legend(fontsize="small", loc="outside right upper")
     return figure
 
 
@@ -209,5 +211,5 @@ def _sweep(rows: Sequence[dict], axis: str) -> Figure | None:
     return figure
 
 
-def _colour(index: int) -> str:
-    return f"C{index % 10}"
+def _colour(index: int) -> tuple[float, ...]:
+    return colormaps["tab20"](index % 20)
