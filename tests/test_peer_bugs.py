@@ -268,6 +268,7 @@ PRODUCTS = {
     "aten::addmm_": (1, 2, -1),
     "mkldnn::_linear_pointwise": (0, 1, 0),
     "tightrope::product": (0, 2, -1),
+    "tightrope::product_stats": (0, 4, -1),
 }
 
 

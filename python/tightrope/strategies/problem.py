@@ -71,10 +71,10 @@ class LinearProblem(Scored):
         All of it, where products are our own: they fetch ahead what they meet, so it need not be in cache,
         and what Python takes between two tiles is saved. Tile by tile where a tile takes memory.
         """
-        own = self.operand == self.dtype and owns_products(self.device, self.dtype) and not self.rounds
+        own = self.operand == self.dtype and owns_products(self.device, self.dtype) and not self.by_rows
         converted = self.weight.dtype != self.operand and not self.pairs
         dense = self.target.is_dense or self.teacher is not None
-        if not own or converted or dense or self.temperature is not None:
+        if not own or self.rounds or converted or dense or self.temperature is not None:
             return self.tiles(rows)
         return [(0, self.columns)] if self.columns else []
 
@@ -200,7 +200,7 @@ class LinearProblem(Scored):
         own = self.weight.dtype == self.operand and owns_products(self.device, self.operand)
         adjacent = self.weight.shape[1] == 1 or self.weight.stride(1) == 1
         fits = self.weight.numel() > 0 and adjacent and (own or self.pairs)
-        return plain and fits and self.backend.product_stats is not None
+        return plain and fits and not self.by_rows and self.backend.product_stats is not None
 
     def product(self, hidden: Tensor, head: Tensor, out: Tensor, accumulate: bool = False) -> None:
         """``hidden @ head.T`` to out [n, T], which `place` laid out, or added to it.
