@@ -213,7 +213,7 @@ def chunk_statistics(
     tiles = problem.tiles(chunk.size)
     if problem.teacher is not None:
         chunk.target.dense.measure(own.step, tiles, of_teacher(memory))
-    problem.logit_stats(problem.factor(hidden), memory, True, partial, argmax, chunk, tiles)
+    problem.logit_stats(problem.factor(hidden), memory, partial, argmax, chunk, tiles, kept=True)
     again = (
         (problem.place(memory[chunk.size * tile[0] :], chunk.size, tile[1] - tile[0]), tile) for tile in tiles
     )

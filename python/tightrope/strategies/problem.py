@@ -172,11 +172,12 @@ class LinearProblem(Scored):
         self,
         factor: Tensor,
         memory: Tensor,
-        kept: bool,
         partial: Tensor,
         argmax: Tensor,
         chunk: Chunk,
         tiles: list[tuple[int, int]],
+        *,
+        kept: bool,
     ) -> None:
         """Merge the statistics of a chunk's logits, made by the `factor` of its hidden states.
 

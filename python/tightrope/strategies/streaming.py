@@ -96,7 +96,7 @@ def statistics(problem: LinearProblem, workspace: int) -> tuple[Tensor, Tensor]:
                 for tile in tiles:
                     problem.stream_stats(hidden, partial, best, chunk, tile)
             else:
-                problem.logit_stats(factor, flat, False, partial, best, chunk, tiles)
+                problem.logit_stats(factor, flat, partial, best, chunk, tiles, kept=False)
             # The logits are gone by then, and made once more.
             again = ((problem.raw_logits(factor, flat, chunk, tile), tile) for tile in tiles)
             of_rows = problem.summarise(partial, best, own, chunk, again)
