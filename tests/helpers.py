@@ -149,6 +149,11 @@ def present(stats) -> dict[str, Tensor]:
     return {name: value for name, value in stats._asdict().items() if value is not None}
 
 
+def paired(b: Tensor) -> Tensor:
+    """[n, k] as the pairs of its transpose, [k / 2, n, 2]."""
+    return b.unflatten(1, (-1, 2)).transpose(0, 1).contiguous()
+
+
 def deviation(actual: Tensor, exact: Tensor) -> Tensor:
     """``|actual - exact|`` in float64; equal infinities do not deviate, NaN does."""
     actual, exact = actual.detach().double(), exact.detach().double()

@@ -109,20 +109,16 @@ def test_what_is_not_finite(products):
 def test_own_products_do_not_depend_on_threads_or_other_rows(n):
     """Sums that are cut where a thread's part ends, or in another way where there are many rows."""
     a, b = torch.randn(150, 600), torch.randn(600, n)
-    threads = torch.get_num_threads()
     made = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            for factor in (b, gemm.packed(b)):
-                out = torch.empty(150, n)
-                torch.ops.tightrope.product(a, factor, out, False)
-                part = torch.empty(11, n)
-                torch.ops.tightrope.product(a[30:41], factor, part, False)
-                assert torch.equal(part, out[30:41])
-                made.append(out)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        for factor in (b, gemm.packed(b)):
+            out = torch.empty(150, n)
+            torch.ops.tightrope.product(a, factor, out, False)
+            part = torch.empty(11, n)
+            torch.ops.tightrope.product(a[30:41], factor, part, False)
+            assert torch.equal(part, out[30:41])
+            made.append(out)
     assert torch.equal(made[0], made[2])
     assert torch.equal(made[0], made[4])
 

@@ -14,6 +14,7 @@ from helpers import (
     evaluate,
     function_of,
     oracle,
+    paired,
     randn,
 )
 from tightrope import backends
@@ -33,11 +34,6 @@ PRODUCTS = [
         ),
     ),
 ]
-
-
-def paired(b):
-    """[n, k] as the pairs of its transpose, [k / 2, n, 2]."""
-    return b.unflatten(1, (-1, 2)).transpose(0, 1).contiguous()
 
 
 @pytest.mark.parametrize("product", PRODUCTS)

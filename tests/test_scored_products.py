@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tightrope
-from helpers import class_indices, randn, top_k
+from helpers import class_indices, paired, randn, top_k
 from tightrope import backends
 from tightrope.backends import ops
 from tightrope.statistics import SUMMARY, empty_partial, summarise
@@ -28,7 +28,7 @@ KERNELS = [
 def factor_of(hidden):
     """Hidden states [n, D] as the kernel meets them: panels of float32, pairs of bfloat16."""
     if hidden.dtype == torch.bfloat16:
-        return hidden.unflatten(1, (-1, 2)).transpose(0, 1).contiguous()
+        return paired(hidden)
     width = backends.PANEL or 48
     panels = torch.full((-(-len(hidden) // width), hidden.shape[1], width), torch.nan)
     ops.panels(hidden.t(), panels)
@@ -113,14 +113,11 @@ def test_bits_do_not_depend_on_threads_or_on_where_the_logits_go(kernel, dtype):
     """Lots that are cut where a thread's part ends."""
     hidden, head = randn(70, 64, dtype=dtype), randn(30_000, 64, seed=1, dtype=dtype)
     tail = (*target_of("index", 70, 30_000), None, None, 1.0, None)
-    threads, made = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            for keeps in (False, True):
-                made.append(score(kernel, hidden, head, keeps, 0, tail)[:2])
-    finally:
-        torch.set_num_threads(threads)
+    made = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        for keeps in (False, True):
+            made.append(score(kernel, hidden, head, keeps, 0, tail)[:2])
     for partial, argmax in made[1:]:
         assert torch.equal(partial, made[0][0]) and torch.equal(argmax, made[0][1])
 
@@ -169,7 +166,11 @@ def test_where_it_serves(monkeypatch, call):
     monkeypatch.setattr(gemm, "_prefers_own", lambda: True)
     monkeypatch.setattr(gemm, "_prefers_onednn", lambda: False)
     calls, kernel = [], backends.BACKENDS["cpu"].product_stats
-    spied = lambda *a: calls.append(a[2] is not None) or kernel(*a)  # noqa: E731
+
+    def spied(head, factor, out, *rest):
+        calls.append(out is not None)
+        kernel(head, factor, out, *rest)
+
     spying = replace(backends.BACKENDS["cpu"], product_stats=spied)
     monkeypatch.setitem(backends.BACKENDS, "cpu", spying)
     hidden, head, target = randn(40, 8), randn(3000, 8, seed=1), class_indices((40,), 3000)

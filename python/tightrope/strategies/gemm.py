@@ -54,7 +54,7 @@ def multiply(
         torch.ops.tightrope.pair_product(a, packed(b, rounds), out, accumulate)
         return out
     if a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and b.numel():
-        if owns_products(a.device, a.dtype):
+        if _prefers_own():
             return _by_own(a, b, out, accumulate)
         if _prefers_onednn():
             _by_onednn(a, b.to(a.dtype), out, accumulate, rows)

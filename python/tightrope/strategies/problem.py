@@ -71,12 +71,16 @@ class LinearProblem(Scored):
         All of it, where products are our own: they fetch ahead what they meet, so it need not be in cache,
         and what Python takes between two tiles is saved. Tile by tile where a tile takes memory.
         """
-        own = self.operand == self.dtype and owns_products(self.device, self.dtype) and not self.by_rows
-        converted = self.weight.dtype != self.operand and not self.pairs
-        dense = self.target.is_dense or self.teacher is not None
-        if not own or self.rounds or converted or dense or self.temperature is not None:
+        if not self.goes_whole or self.rounds or not owns_products(self.device, self.operand):
             return self.tiles(rows)
         return [(0, self.columns)] if self.columns else []
+
+    @cached_property
+    def goes_whole(self) -> bool:
+        """Whether no part of the vocabulary takes memory beside its logits, and these lie entry by entry."""
+        as_it_is = self.pairs or self.weight.dtype == self.operand
+        plain = self.temperature is None and self.teacher is None and not self.target.is_dense
+        return as_it_is and plain and not self.by_rows
 
     def hidden(self, chunk: Chunk) -> Tensor:
         """The chunk's hidden states [size, D]; zeros where a row does not count: no NaN leaks from it."""
@@ -185,7 +189,7 @@ class LinearProblem(Scored):
         `scores_products` does without.
         """
         if self.scores_products and chunk.size:
-            out = memory[: chunk.size * self.columns].view(self.columns, chunk.size) if kept else None
+            out = self.place(memory, chunk.size, self.columns).t() if kept else None
             head, arguments = self.weight[: self.columns], self.tile_arguments(chunk, (0, self.columns))
             self.backend.product_stats(head, factor, out, partial, argmax, self.offset, *arguments)
             return
@@ -197,11 +201,10 @@ class LinearProblem(Scored):
     @cached_property
     def scores_products(self) -> bool:
         """Whether the backend takes statistics of logits as it makes them."""
-        plain = self.temperature is None and self.teacher is None and not self.target.is_dense
-        own = self.weight.dtype == self.operand and owns_products(self.device, self.operand)
+        own = self.pairs or owns_products(self.device, self.operand)
         adjacent = self.weight.shape[1] == 1 or self.weight.stride(1) == 1
-        fits = self.weight.numel() > 0 and adjacent and (own or self.pairs)
-        return plain and fits and not self.by_rows and self.backend.product_stats is not None
+        fits = self.goes_whole and self.weight.numel() > 0 and adjacent
+        return own and fits and self.backend.product_stats is not None
 
     def product(self, hidden: Tensor, head: Tensor, out: Tensor, accumulate: bool = False) -> None:
         """``hidden @ head.T`` to out [n, T], which `place` laid out, or added to it.
